@@ -1,0 +1,139 @@
+"""What an objective is: roles, phases, and a callable that turns networks and a batch into summed loss terms.
+
+An objective never owns an optimizer, a device or a rank. Losses are *local sums with counts*; the engine divides once
+per optimizer step by the count summed over all micro-batches and ranks, so that accumulation, packing and world size
+cannot change the gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from sixfold.distributed.randomness import PositionRandom
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples at known positions of the global order.
+
+    Attributes:
+        fields: tensors with the sample as first dimension. Names are fixed across the platform: ``image``
+            ``[n, channels, height, width]`` fp32 in [-1, 1]; ``label`` ``[n]`` int64; ``tokens`` ``[n, length + 1]`` int64 (inputs
+            and their successors); ``documents`` ``[n, length + 1]`` int64, a document number for each token;
+            ``token_bytes`` ``[n, length + 1]`` int64, how many bytes of the source each token stands for.
+        positions: ``[n]`` int64, the samples' positions in the order of consumption: all randomness is keyed by them.
+    """
+
+    fields: Mapping[str, Tensor]
+    positions: Int64[Tensor, " n"]
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.fields[name]
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch on ``device`` (asynchronously from pinned memory)."""
+        move = {name: value.to(device, non_blocking=True) for name, value in self.fields.items()}
+        return Batch(move, self.positions.to(device, non_blocking=True))
+
+    def split(self, micro_batch: int) -> Iterator[Batch]:
+        """Yield consecutive micro-batches of at most ``micro_batch`` samples."""
+        for start in range(0, len(self), micro_batch):
+            part = slice(start, start + micro_batch)
+            yield Batch({name: value[part] for name, value in self.fields.items()}, self.positions[part])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Role:
+    """One network's part in an objective.
+
+    Attributes:
+        kind: ``trainable`` has an optimizer; ``frozen`` never changes; ``tracking`` is the moving average of another role.
+        network: the name in the recipe's ``networks`` that builds it.
+        follows: for ``tracking``, the role that it averages.
+        decay: for ``tracking``, the decay of the average per optimizer step.
+    """
+
+    kind: Literal["trainable", "frozen", "tracking"]
+    network: str
+    follows: str | None = None
+    decay: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """One pass over the batch that trains one role (``Phase(name="generator", trains="generator")``)."""
+
+    name: str
+    trains: str
+
+
+class Sum(NamedTuple):
+    """A metric as a local sum and the count it is to be divided by, both 0-dimensional tensors."""
+
+    total: Tensor
+    count: Tensor
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """What an objective returns for one micro-batch, all of it local to the rank.
+
+    Attributes:
+        loss: the summed loss, 0-dimensional, with gradient. Never a mean.
+        count: how many terms were summed (samples, or predicted tokens), 0-dimensional, no gradient.
+        metrics: further sums for logging, detached; ``loss`` itself is logged without being named here.
+        statistics: detached tensors that are summed over micro-batches and ranks and handed to ``after_step``
+            (routed tokens per expert, codebook use).
+    """
+
+    loss: Float[Tensor, ""]
+    count: Tensor
+    metrics: Mapping[str, Sum] = field(default_factory=dict)
+    statistics: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far training is: ``samples`` consumed is the unit, ``step`` counts optimizer steps, ``total_steps`` is the goal."""
+
+    samples: int
+    step: int
+    total_steps: int
+
+
+Networks = Mapping[str, nn.Module]
+"""Networks by role, as wrapped by their engines: call them, never their inner modules, or gradients go unsynchronised."""
+
+
+class Objective(Protocol):
+    """The contract of ``objectives/``: constructed as ``implementation(config, networks_config)``."""
+
+    roles: Mapping[str, Role]
+
+    def phases(self, progress: Progress) -> Sequence[Phase]:
+        """Which roles train at this step, in order; ratios between roles live here."""
+        ...
+
+    def __call__(self, nets: Networks, batch: Batch, phase: Phase, random: PositionRandom) -> LossTerms:
+        """Return the summed loss terms of one micro-batch in one phase."""
+        ...
+
+    def evaluate(self, nets: Networks, batch: Batch, random: PositionRandom) -> Mapping[str, Sum]:
+        """Held-out measures of one batch (``loss`` and others) under the same definition, without gradient.
+
+        Draws that training makes at random are stratified over ``batch.positions`` here, so that the measure is nearly noise-free.
+        """
+        ...
+
+    def after_step(self, nets: Networks, statistics: Mapping[str, Tensor], progress: Progress) -> None:
+        """Update what is not trained by gradient (expert bias, codebooks) from statistics summed over the global batch."""
+        ...
