@@ -2,7 +2,8 @@
 
 No generator state is carried anywhere. A draw is computed by Philox-4x32-10 (Salmon et al., "Parallel random
 numbers: as easy as 1, 2, 3", SC 2011) from a key, made of the seed and the purpose, and a counter, made of the global
-sample position and the element's index. It therefore does not depend on rank, world size, accumulation, device or restarts.
+sample position and the element's index. It therefore does not depend on rank, world size, accumulation, device or
+restarts.
 
 The integer core uses only ``* >> & ^`` on 64-bit integers, so one function serves torch tensors and numpy arrays.
 """
@@ -82,7 +83,7 @@ class PositionRandom:
         return both[:, :size].to(torch.float32).reshape(len(self.positions), *shape)
 
     def integers(self, purpose: str, high: int, shape: Sequence[int] = ()) -> Int64[Tensor, "n ..."]:
-        """Uniform int64 in ``[0, high)`` for ``high`` up to 2**31, shape ``[n, *shape]``; the bias is below ``high/2**32``."""
+        """Uniform int64 in ``[0, high)``, shape ``[n, *shape]``; ``high`` up to 2**31, bias below high / 2**32."""
         words = self._words(purpose, math.prod(shape))
         return ((words * high) >> 32).reshape(len(self.positions), *shape)
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 State = dict[str, Tensor]
 """A flat state: canonical name to tensor or DTensor.
 
-Names are engine-neutral: ``parameters/<fqn>`` (fp32), ``buffers/<fqn>``, ``optimizer/<fqn>/<slot>`` (``exp_avg``, ``exp_avg_sq``,
-``momentum_buffer``; fp32), ``optimizer_step`` (int64, one a role) and ``ema/<fqn>`` (fp32).
+Names are engine-neutral: ``parameters/<fqn>`` (fp32), ``buffers/<fqn>``, ``optimizer/<fqn>/<slot>``
+(``exp_avg``, ``exp_avg_sq``, ``momentum_buffer``; fp32), ``optimizer_step`` (int64, one a role)
+and ``ema/<fqn>`` (fp32).
 """
 
 
@@ -53,7 +54,7 @@ class Engine(Protocol):
         ...
 
     def step(self, count: Tensor, *, finite: Tensor) -> StepReport:
-        """Divide by the global ``count`` (already all-reduced), clip, check, update, average (EMA), zero gradients, advance the schedule.
+        """Divide by the global ``count`` (already all-reduced), check, clip, update, average (EMA), zero the gradients.
 
         ``finite`` is this rank's 0-dimensional bool: whether all local losses were finite.
         """
@@ -76,7 +77,7 @@ class Engine(Protocol):
         ...
 
     def full_parameters(self, *, averaged: bool) -> Iterator[tuple[str, Tensor]]:
-        """Yield every full fp32 parameter and persistent buffer on the CPU, one at a time, on all ranks (a collective); for export and tests."""
+        """Yield every full fp32 parameter and persistent buffer on the CPU, one at a time; all ranks take part."""
         ...
 
     def close(self) -> None:

@@ -24,7 +24,8 @@ class ParameterTag:
 
     Attributes:
         init: ``normal`` with standard deviation ``scale``, ``uniform`` in [-scale, scale], or the constant ``scale``.
-        matrix: a genuine 2-D (or stacked 3-D, one matrix an expert) weight of a hidden layer: Muon may orthogonalise its update.
+        matrix: a genuine 2-D weight of a hidden layer (or a 3-D stack, one matrix an expert): Muon may orthogonalise
+            its update.
         weight_decay: whether decay applies (not to norms, biases, embeddings).
         lr_scale: factor on the role's learning rate.
     """
@@ -72,7 +73,7 @@ def parameter_tags(module: nn.Module) -> dict[str, ParameterTag]:
     return tags
 
 
-def initial_value(tag: ParameterTag, shape: Sequence[int], *, seed: int, role: str, name: str) -> Float[Tensor, "..."]:
+def initial_value(tag: ParameterTag, shape: Sequence[int], *, seed: int, role: str, name: str) -> Float[Tensor, ...]:
     """Return a parameter's full initial value, fp32 on the CPU, as a function of (seed, role, name) alone."""
     if tag.init == "constant":
         return torch.full(tuple(shape), tag.scale)
@@ -84,7 +85,7 @@ def initial_value(tag: ParameterTag, shape: Sequence[int], *, seed: int, role: s
 
 
 def initialize(module: nn.Module, tags: dict[str, ParameterTag], *, seed: int, role: str) -> None:
-    """Initialise an unsharded, materialised module in place, buffers included (sharded engines place the same values)."""
+    """Initialise an unsharded, materialised module in place, buffers too (sharded engines place the same values)."""
     with torch.no_grad():
         for name, value in module.named_parameters():
             value.copy_(initial_value(tags[name], value.shape, seed=seed, role=role, name=name))
@@ -92,7 +93,7 @@ def initialize(module: nn.Module, tags: dict[str, ParameterTag], *, seed: int, r
 
 
 def reset_buffers(module: nn.Module) -> None:
-    """Recompute every buffer: modules that own buffers define ``reset_buffers()``, since ``to_empty`` loses their values."""
+    """Recompute every buffer, since ``to_empty`` loses their values."""
     for part in module.modules():
         if isinstance(part, OwnsBuffers):
             part.reset_buffers()
@@ -120,15 +121,16 @@ class Linear(nn.Module):
 
 
 class Network(nn.Module):
-    """Base of all networks. Construct as ``Network(config)``, under ``torch.device("meta")`` or not; nothing is drawn there."""
+    """Base of all networks. Constructed as ``Network(config)``, on the meta device or not; nothing is drawn there."""
 
     def blocks(self) -> Iterator[nn.Module]:
         """The repeated blocks in order: the units of sharding, activation checkpointing and per-block compilation.
 
-        A block is always called as a module, and its outputs are tensors or plain tuples and dicts of tensors, so that hooks see them.
+        A block is always called as a module, and its outputs are tensors or plain tuples and dicts of tensors, so that
+        hooks see them.
         """
         raise NotImplementedError
 
     def forward_flops(self, batch_fields: dict[str, tuple[int, ...]]) -> float:
-        """Model FLOPs of one forward pass over fields of the given shapes (2 per multiply-add); training costs three times that."""
+        """Model FLOPs of one forward pass over fields of these shapes, 2 a multiply-add; training costs thrice that."""
         raise NotImplementedError

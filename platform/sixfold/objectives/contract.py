@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, Protocol
 
 import torch
 from jaxtyping import Float, Int64
@@ -24,8 +24,9 @@ class Batch:
 
     Attributes:
         fields: tensors with the sample as first dimension. Names are fixed across the platform: ``image``
-            ``[n, channels, height, width]`` fp32 in [-1, 1]; ``label`` ``[n]`` int64; ``tokens`` ``[n, length + 1]`` int64 (inputs
-            and their successors); ``documents`` ``[n, length + 1]`` int64, a document number for each token;
+            ``[n, channels, height, width]`` fp32 in [-1, 1]; ``label`` ``[n]`` int64; ``tokens``
+            ``[n, length + 1]`` int64 (inputs and their successors); ``documents``
+            ``[n, length + 1]`` int64, a document number for each token;
             ``token_bytes`` ``[n, length + 1]`` int64, how many bytes of the source each token stands for.
         positions: ``[n]`` int64, the samples' positions in the order of consumption: all randomness is keyed by them.
     """
@@ -56,7 +57,7 @@ class Role:
     """One network's part in an objective.
 
     Attributes:
-        kind: ``trainable`` has an optimizer; ``frozen`` never changes; ``tracking`` is the moving average of another role.
+        kind: ``trainable`` has an optimizer; ``frozen`` never changes; ``tracking`` averages another role over time.
         network: the name in the recipe's ``networks`` that builds it.
         follows: for ``tracking``, the role that it averages.
         decay: for ``tracking``, the decay of the average per optimizer step.
@@ -76,7 +77,8 @@ class Phase:
     trains: str
 
 
-class Sum(NamedTuple):
+@dataclass(frozen=True)
+class Sum:
     """A metric as a local sum and the count it is to be divided by, both 0-dimensional tensors."""
 
     total: Tensor
@@ -103,7 +105,7 @@ class LossTerms:
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """How far training is: ``samples`` consumed is the unit, ``step`` counts optimizer steps, ``total_steps`` is the goal."""
+    """How far training is: ``samples`` consumed is the unit, ``step`` counts optimizer steps up to ``total_steps``."""
 
     samples: int
     step: int
@@ -111,7 +113,7 @@ class Progress:
 
 
 Networks = Mapping[str, nn.Module]
-"""Networks by role, as wrapped by their engines: call them, never their inner modules, or gradients go unsynchronised."""
+"""Networks by role, as wrapped by their engines: call these, never inner modules, or gradients go unsynchronised."""
 
 
 class Objective(Protocol):
@@ -130,10 +132,14 @@ class Objective(Protocol):
     def evaluate(self, nets: Networks, batch: Batch, random: PositionRandom) -> Mapping[str, Sum]:
         """Held-out measures of one batch (``loss`` and others) under the same definition, without gradient.
 
-        Draws that training makes at random are stratified over ``batch.positions`` here, so that the measure is nearly noise-free.
+        Draws that training makes at random are stratified over ``batch.positions`` here, so that the measure is nearly
+        noise-free.
         """
         ...
 
     def after_step(self, nets: Networks, statistics: Mapping[str, Tensor], progress: Progress) -> None:
-        """Update what is not trained by gradient (expert bias, codebooks) from statistics summed over the global batch."""
+        """Update what no gradient trains (expert bias, codebooks) from statistics summed over the global batch.
+
+        Here ``nets`` are the *bare* networks: methods and buffers may be reached, forward may not be called.
+        """
         ...

@@ -18,7 +18,7 @@ class SampleRequest:
 
     Attributes:
         seed: seed of the draw.
-        numbers: ``[n]`` int64 sample numbers on the target device: number i is the same sample in any batch on any rank.
+        numbers: ``[n]`` int64 sample numbers on the target device: number i is the same sample on any rank.
         conditions: e.g. ``label`` ``[n]`` int64, or ``prompt`` ``[n, length]`` int64 tokens; empty for unconditional.
         steps: overrides the number of solver steps or of new tokens.
     """
@@ -30,7 +30,7 @@ class SampleRequest:
 
 
 class Sampler(Protocol):
-    """The contract of ``samplers/``: constructed as ``implementation(sampling_config, objective_config, networks_config)``."""
+    """The contract of ``samplers/``: constructed as ``implementation(sampling, objective, networks)`` from configs."""
 
     def __call__(self, nets: Networks, request: SampleRequest) -> Mapping[str, Tensor]:
         """Return fields as in a :class:`~sixfold.objectives.contract.Batch`: ``image`` in [-1, 1], or ``tokens``."""

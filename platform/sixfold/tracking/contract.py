@@ -32,5 +32,5 @@ class Tracker(Protocol):
         ...
 
     def close(self, status: Literal["finished", "failed", "interrupted"]) -> None:
-        """Flush within a bounded time and end the run; what could not be sent stays in the spool for the next attempt."""
+        """Flush within a bounded time and end the run; what could not be sent stays in the spool."""
         ...
