@@ -73,7 +73,7 @@ def parameter_tags(module: nn.Module) -> dict[str, ParameterTag]:
     return tags
 
 
-def initial_value(tag: ParameterTag, shape: Sequence[int], *, seed: int, role: str, name: str) -> Float[Tensor, ...]:
+def initial_value(tag: ParameterTag, shape: Sequence[int], *, seed: int, role: str, name: str) -> Float[Tensor, "..."]:
     """Return a parameter's full initial value, fp32 on the CPU, as a function of (seed, role, name) alone."""
     if tag.init == "constant":
         return torch.full(tuple(shape), tag.scale)
