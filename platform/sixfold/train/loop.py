@@ -1,0 +1,177 @@
+"""The train loop, on one screen, and the one optimizer step it repeats.
+
+The loop knows nothing of families, shards or clusters: a batch comes from the stream, phases and losses from the
+objective, gradients and updates from the engines. Everything that happens now and then (logging, sampling,
+evaluation, checkpoints) is a hook.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from sixfold.distributed.collectives import sum_over_ranks
+from sixfold.distributed.randomness import PositionRandom
+from sixfold.engine.contract import Engine, StepReport
+from sixfold.errors import TrainingError
+from sixfold.objectives.contract import Batch, LossTerms, Networks, Objective, Phase, Progress, Sum
+
+
+@dataclass(kw_only=True)
+class Training:
+    """All state of a run on this rank; what must survive a restart is in ``progress``, ``engines`` and the stream."""
+
+    objective: Objective
+    engines: Mapping[str, Engine]
+    frozen: Mapping[str, nn.Module]
+    stream: Iterator[Batch]
+    progress: Progress
+    device: torch.device
+    seed: int
+    global_batch: int
+    micro_batch: Mapping[str, int]  # by trainable role: samples this rank takes at once
+    max_consecutive_skips: int
+    consecutive_skips: int = 0
+
+    @property
+    def networks(self) -> Networks:
+        """Networks by role, wrapped, as objectives call them."""
+        return {**{role: engine.module for role, engine in self.engines.items()}, **self.frozen}
+
+    @property
+    def bare_networks(self) -> Networks:
+        """Networks by role without their wrappers, for updates of buffers."""
+        return {**{role: engine.network for role, engine in self.engines.items()}, **self.frozen}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord:
+    """What one training step did, equal on all ranks: mean metrics, one engine report a phase, whether to stop."""
+
+    progress: Progress
+    metrics: Mapping[str, float]
+    reports: Mapping[str, StepReport]
+    stop_requested: bool
+
+    @property
+    def skipped(self) -> bool:
+        """Whether any phase was skipped for a non-finite loss or gradient."""
+        return any(report.skipped for report in self.reports.values())
+
+
+class Hook(Protocol):
+    """Something done after a step; every rank calls every hook at every step, so that collectives agree."""
+
+    def __call__(self, training: Training, record: StepRecord) -> None:
+        """Act on the step just taken, or return at once."""
+        ...
+
+
+def train(training: Training, hooks: Sequence[Hook], stop_requested: Callable[[], bool]) -> bool:
+    """Train until the recipe's last step or until any rank asks to stop; return whether training is complete."""
+    while training.progress.step < training.progress.total_steps:
+        batch = next(training.stream).to(training.device)
+        record = train_step(training, batch, stop_requested())
+        training.progress = record.progress
+        enforce_skip_budget(training, record)
+        for hook in hooks:
+            hook(training, record)
+        if record.stop_requested:
+            break
+    return training.progress.step >= training.progress.total_steps
+
+
+def train_step(training: Training, batch: Batch, stop_requested: bool = False) -> StepRecord:
+    """Take one step: for each phase accumulate the micro-batches' sums, then let the role's engine update."""
+    metrics: dict[str, float] = {}
+    reports: dict[str, StepReport] = {}
+    statistics: dict[str, Tensor] = {}
+    stop = torch.tensor(float(stop_requested), device=training.device)
+    for phase in training.objective.phases(training.progress):
+        engine = training.engines[phase.trains]
+        totals = _accumulate(training, engine, batch, phase).over_ranks(stop)
+        reports[phase.name] = engine.step(totals.count, finite=torch.isfinite(totals.loss))
+        prefix = "" if phase.name == "main" else f"{phase.name}/"
+        metrics |= {f"{prefix}{name}": value for name, value in totals.means().items()}
+        statistics |= totals.statistics
+        stop = totals.stop
+    done = replace(
+        training.progress, step=training.progress.step + 1, samples=training.progress.samples + training.global_batch
+    )
+    if not any(report.skipped for report in reports.values()):
+        training.objective.after_step(training.bare_networks, statistics, done)
+    return StepRecord(progress=done, metrics=metrics, reports=reports, stop_requested=bool(stop.item()))
+
+
+def enforce_skip_budget(training: Training, record: StepRecord) -> None:
+    """Count consecutive skipped steps and end training when the recipe's budget is spent.
+
+    Raises:
+        TrainingError: more than ``train.max_consecutive_skips`` steps in a row were non-finite.
+    """
+    training.consecutive_skips = training.consecutive_skips + 1 if record.skipped else 0
+    if training.consecutive_skips > training.max_consecutive_skips:
+        raise TrainingError.of(
+            f"{training.consecutive_skips} consecutive steps had a non-finite loss or gradient",
+            where=f"step {record.progress.step}",
+            allowed=f"train.max_consecutive_skips = {training.max_consecutive_skips}",
+            fix="lower optimizer.lr, lengthen schedule.warmup_steps, or use engine.precision: fp32",
+        )
+
+
+@dataclass(kw_only=True)
+class _Totals:
+    """Sums over the micro-batches of one phase, first of this rank and then of all."""
+
+    loss: Tensor
+    count: Tensor
+    metrics: dict[str, Sum] = field(default_factory=dict)
+    statistics: dict[str, Tensor] = field(default_factory=dict)
+    stop: Tensor
+
+    def add(self, terms: LossTerms) -> None:
+        self.loss = self.loss + terms.loss.detach().double()
+        self.count = self.count + terms.count.double()
+        for name, value in terms.metrics.items():
+            before = self.metrics.get(name)
+            total, count = value.total.double(), value.count.double()
+            self.metrics[name] = Sum(total, count) if before is None else Sum(before.total + total, before.count + count)
+        for name, statistic in terms.statistics.items():
+            self.statistics[name] = self.statistics[name] + statistic if name in self.statistics else statistic
+
+    def over_ranks(self, stop: Tensor) -> _Totals:
+        """Sum everything over all ranks in one collective; a non-finite loss anywhere makes the sum non-finite."""
+        flat: dict[str, Tensor] = {"loss": self.loss, "count": self.count, "stop": stop}
+        flat |= {f"total/{name}": value.total for name, value in self.metrics.items()}
+        flat |= {f"count/{name}": value.count for name, value in self.metrics.items()}
+        flat |= {f"statistic/{name}": value for name, value in self.statistics.items()}
+        summed = sum_over_ranks(flat)
+        return _Totals(
+            loss=summed["loss"],
+            count=summed["count"],
+            stop=summed["stop"],
+            metrics={name: Sum(summed[f"total/{name}"], summed[f"count/{name}"]) for name in self.metrics},
+            statistics={name: summed[f"statistic/{name}"] for name in self.statistics},
+        )
+
+    def means(self) -> dict[str, float]:
+        sums = {"loss": Sum(self.loss, self.count), **self.metrics}
+        return {name: (value.total / value.count.clamp(min=1.0)).item() for name, value in sums.items()}
+
+
+def _accumulate(training: Training, engine: Engine, batch: Batch, phase: Phase) -> _Totals:
+    zero = torch.zeros((), dtype=torch.float64, device=training.device)
+    totals = _Totals(loss=zero, count=zero, stop=zero)
+    micro_batches = list(batch.split(training.micro_batch[phase.trains]))
+    for index, micro in enumerate(micro_batches):
+        with engine.accumulate(last=index == len(micro_batches) - 1):
+            terms = training.objective(
+                training.networks, micro, phase, PositionRandom(training.seed, micro.positions)
+            )
+            engine.backward(terms.loss)
+        totals.add(terms)
+    return totals

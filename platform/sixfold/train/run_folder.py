@@ -1,0 +1,104 @@
+"""The run folder: a run's whole record, complete by itself, and where each part of it lies."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from sixfold.errors import RecipeError, UserError
+from sixfold.recipe.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run's folder, ``runs/<recipe>/<run id>/`` unless the user names another."""
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        """The resolved recipe."""
+        return self.path / "recipe.yaml"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Committed checkpoints and ``latest``."""
+        return self.path / "checkpoints"
+
+    @property
+    def samples(self) -> Path:
+        """Sample grids and texts by step."""
+        return self.path / "samples"
+
+    @property
+    def quarantine(self) -> Path:
+        """The log of samples that could not be read."""
+        return self.path / "quarantine.jsonl"
+
+    @property
+    def run_id(self) -> str:
+        """The run's identity, kept over restarts."""
+        record: dict[str, str] = json.loads((self.path / "run.json").read_text())
+        return record["run_id"]
+
+    def error_of(self, rank: int) -> Path:
+        """Where a rank leaves the error it ended with."""
+        return self.path / "errors" / f"rank-{rank}.txt"
+
+
+def new_run_id() -> str:
+    """Return a run id that sorts by time: ``20260131-235959-1a2b``."""
+    return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+
+
+def prepare_run_folder(recipe: Recipe, resolved_yaml: str, directory: Path | None, *, resume: bool) -> RunFolder:
+    """Make a new run folder, or take up an existing one with the recipe as it is now.
+
+    Raises:
+        UserError: the folder holds a run and ``resume`` is off, or it holds something that is not a run.
+        RecipeError: the folder holds a run of another recipe name.
+    """
+    run_id = new_run_id()
+    folder = RunFolder(directory if directory is not None else Path("runs") / recipe.name / run_id)
+    if folder.recipe.exists():
+        _check_same_run(folder, recipe, resume=resume)
+    elif folder.path.exists() and any(folder.path.iterdir()):
+        raise UserError.of(
+            "the run folder is not empty and holds no run",
+            where=str(folder.path),
+            fix="name another folder with --run-dir, or leave --run-dir out",
+        )
+    else:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder.path / "run.json", json.dumps({"run_id": run_id, "recipe": recipe.name}) + "\n")
+    write_atomically(folder.recipe, resolved_yaml)
+    for stale in (folder.path / "errors").glob("rank-*.txt"):
+        stale.unlink()
+    return folder
+
+
+def _check_same_run(folder: RunFolder, recipe: Recipe, *, resume: bool) -> None:
+    if not resume:
+        raise UserError.of(
+            "the run folder already holds a run, and --resume never was given",
+            where=str(folder.path),
+            fix="leave --resume out to continue that run, or name another folder with --run-dir",
+        )
+    name = json.loads((folder.path / "run.json").read_text())["recipe"]
+    if name != recipe.name:
+        raise RecipeError.of(
+            f"the run folder holds a run of {name!r}, this recipe is {recipe.name!r}",
+            where=str(folder.path),
+            fix=f"run {name}, or name another folder with --run-dir",
+        )
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a small file so that a reader, or a crash, sees the old text or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    temporary.replace(path)
