@@ -1,0 +1,135 @@
+"""Tokenizers whose whole definition fits in the data set's manifest: bytes, and the characters of a corpus.
+
+The last token of every vocabulary is *end of text*; it ends each document and stands for no bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+from jaxtyping import Int64
+
+from sixfold.errors import DataError
+
+
+class Tokenizer(Protocol):
+    """Text to token numbers and back.
+
+    Attributes:
+        vocabulary_size: number of tokens, end of text included.
+        end_of_text: the token that ends a document.
+        token_bytes: ``[vocabulary_size]``, how many bytes of UTF-8 text each token stands for.
+    """
+
+    vocabulary_size: int
+    end_of_text: int
+    token_bytes: Int64[np.ndarray, " vocabulary"]
+
+    def encode(self, text: str) -> Int64[np.ndarray, " n"]:
+        """Return the token numbers of a text, without an end-of-text token."""
+        ...
+
+    def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
+        """Return the text of token numbers; end-of-text tokens vanish."""
+        ...
+
+    def description(self) -> dict[str, str]:
+        """Return the manifest's record of this tokenizer."""
+        ...
+
+
+class ByteTokenizer:
+    """The 256 bytes of UTF-8 and end of text (256). Undecodable byte sequences decode to U+FFFD."""
+
+    vocabulary_size = 257
+    end_of_text = 256
+
+    def __init__(self) -> None:
+        self.token_bytes = np.concatenate([np.ones(256, dtype=np.int64), np.zeros(1, dtype=np.int64)])
+
+    def encode(self, text: str) -> Int64[np.ndarray, " n"]:
+        """Return the bytes of the text's UTF-8 form (lone surrogates, which have none, become ``?``)."""
+        return np.frombuffer(text.encode("utf-8", errors="replace"), dtype=np.uint8).astype(np.int64)
+
+    def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
+        """Return the text of token numbers; end-of-text tokens vanish."""
+        numbers = np.asarray(tokens, dtype=np.int64)
+        return numbers[numbers < self.end_of_text].astype(np.uint8).tobytes().decode("utf-8", errors="replace")
+
+    def description(self) -> dict[str, str]:
+        """Return the manifest's record of this tokenizer."""
+        return {"type": "bytes"}
+
+
+class CharacterTokenizer:
+    """One token a character of a corpus, in code point order, and end of text.
+
+    Args:
+        characters: the vocabulary, each character once.
+    """
+
+    def __init__(self, characters: str) -> None:
+        assert len(set(characters)) == len(characters), "a character occurs twice in the vocabulary"
+        self.characters = characters
+        self.vocabulary_size = len(characters) + 1
+        self.end_of_text = len(characters)
+        self._number = {character: number for number, character in enumerate(characters)}
+        lengths = [len(character.encode()) for character in characters]
+        self.token_bytes = np.asarray([*lengths, 0], dtype=np.int64)
+
+    @classmethod
+    def of_corpus(cls, texts: Iterable[str]) -> CharacterTokenizer:
+        """Collect the vocabulary from all texts of a corpus (every split, so that each can be encoded)."""
+        return cls("".join(sorted(set().union(*map(set, texts)))))
+
+    def encode(self, text: str) -> Int64[np.ndarray, " n"]:
+        """Return the token numbers of a text.
+
+        Raises:
+            DataError: the text holds a character that the corpus does not.
+        """
+        try:
+            return np.fromiter((self._number[character] for character in text), dtype=np.int64, count=len(text))
+        except KeyError as error:
+            raise DataError.of(
+                f"the character {error.args[0]!r} is not in the tokenizer's vocabulary",
+                allowed=repr(self.characters),
+                fix="leave the character out, or build the data set with the byte tokenizer",
+            ) from error
+
+    def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
+        """Return the text of token numbers; end-of-text tokens vanish."""
+        return "".join(self.characters[token] for token in np.asarray(tokens).tolist() if token != self.end_of_text)
+
+    def description(self) -> dict[str, str]:
+        """Return the manifest's record of this tokenizer."""
+        return {"type": "characters", "characters": self.characters}
+
+
+def make_tokenizer(description: Mapping[str, str]) -> Tokenizer:
+    """Make the tokenizer that a manifest records.
+
+    Raises:
+        DataError: the record names no known tokenizer.
+    """
+    match description:
+        case {"type": "bytes"}:
+            return ByteTokenizer()
+        case {"type": "characters", "characters": characters}:
+            return CharacterTokenizer(characters)
+    raise DataError.of(
+        f"unknown tokenizer {dict(description)}",
+        allowed="type bytes, or type characters with its characters",
+        fix="build the data set again with `sixfold data build text`",
+    )
+
+
+def storage_extension(vocabulary_size: int) -> str:
+    """Return the member extension that stores tokens of a vocabulary: ``u16`` or ``u32`` (raw, little endian)."""
+    return "u16" if vocabulary_size <= 1 << 16 else "u32"
+
+
+STORAGE_DTYPES = {"u16": np.dtype("<u2"), "u32": np.dtype("<u4")}
+"""dtype of stored tokens by member extension."""
