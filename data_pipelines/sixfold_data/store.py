@@ -42,7 +42,7 @@ class Store(Protocol):
         """Return a whole object, past the cache; meant for small ones."""
         ...
 
-    def local_path(self, path: str) -> Path:
+    def local_file(self, path: str) -> Path:
         """Return a local file with the object's bytes, for memory mapping; remote ones are fetched into the cache."""
         ...
 
@@ -120,7 +120,7 @@ class LocalStore:
         except OSError as error:
             raise self._explain(path, error) from error
 
-    def local_path(self, path: str) -> Path:  # noqa: D102
+    def local_file(self, path: str) -> Path:  # noqa: D102
         self.size(path)
         return self._root / path
 
@@ -241,9 +241,13 @@ def write_atomically(target: Path, data: bytes) -> None:
         raise
 
 
+class MissingObjectError(DataError, FileNotFoundError):
+    """An object that is not there; also a FileNotFoundError, for callers to whom that is an answer."""
+
+
 def absent(where: str) -> SixfoldError:
     """Return the error for an object that is not there."""
-    return DataError.of(
+    return MissingObjectError.of(
         "there is no such file",
         where=where,
         fix="restore it, or rebuild the index with `sixfold data index` if the data set is meant to be without it",
