@@ -55,6 +55,13 @@ def test_moments_and_range():
     assert abs(normal.var() - 1) < 5 * (2 / n) ** 0.5
     assert abs((normal**4).mean() - 3) < 5 * (96 / n) ** 0.5
     assert abs(uniform.mean() - 0.5) < 5 * (1 / 12 / n) ** 0.5
-    assert uniform.min() > 0
+    assert 0 < uniform.min() and uniform.max() < 1
     counts = torch.bincount(random.integers("i", 10, (11,)).flatten(), minlength=10).double()
     assert ((counts - n / 10) ** 2 / (n / 10)).sum() < 40  # chi-square with 9 degrees of freedom
+
+
+def test_uniform_excludes_both_ends_even_for_extreme_words(monkeypatch):
+    random = PositionRandom(0, torch.arange(1))
+    for word, expected in ((0, 2.0**-24), (ONES, 1 - 2.0**-24)):
+        monkeypatch.setattr(PositionRandom, "_words", lambda *_, word=word: torch.full((1, 1), word))
+        assert random.uniform("u").item() == expected

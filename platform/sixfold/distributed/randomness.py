@@ -69,8 +69,9 @@ class PositionRandom:
 
     def uniform(self, purpose: str, shape: Sequence[int] = ()) -> Float[Tensor, "n ..."]:
         """Uniform fp32 in the open interval (0, 1), shape ``[n, *shape]``."""
-        words = self._words(purpose, math.prod(shape))
-        return _unit_interval(words).to(torch.float32).reshape(len(self.positions), *shape)
+        # 23 bits and a half: the largest value, 1 - 2**-24, is still below 1 in fp32.
+        words = self._words(purpose, math.prod(shape)) >> 9
+        return ((words + 0.5) * 2.0**-23).to(torch.float32).reshape(len(self.positions), *shape)
 
     def normal(self, purpose: str, shape: Sequence[int] = ()) -> Float[Tensor, "n ..."]:
         """Standard normal fp32, shape ``[n, *shape]`` (Box-Muller on pairs of uniforms)."""
