@@ -1,0 +1,36 @@
+"""Device meshes: how ranks are arranged for sharding."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from sixfold.distributed.process_group import World
+from sixfold.errors import RecipeError
+
+
+def sharding_mesh(world: World, *, replicate: int) -> DeviceMesh:
+    """Arrange all ranks as ``[shard]``, or as ``[replicate, shard]`` with neighbours in one shard group (HSDP).
+
+    Neighbouring ranks share a node, so that the frequent gathers of parameters stay on the fast links.
+
+    Raises:
+        RecipeError: ``replicate`` does not divide the world size.
+    """
+    if world.size % replicate != 0:
+        raise RecipeError.of(
+            f"engine.replicate is {replicate}, which does not divide {world.size} ranks",
+            where="engine.replicate",
+            allowed=", ".join(str(n) for n in range(1, world.size + 1) if world.size % n == 0),
+            fix="set engine.replicate to the number of nodes, or to 1",
+        )
+    if replicate == 1:
+        return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
+    return init_device_mesh(
+        world.device.type, (replicate, world.size // replicate), mesh_dim_names=("replicate", "shard")
+    )
+
+
+def host_mesh() -> DeviceMesh:
+    """All ranks in one row on the CPU: how states that live nowhere else as DTensors are cut for checkpoints."""
+    return init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("rank",))
