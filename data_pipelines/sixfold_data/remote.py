@@ -111,7 +111,7 @@ class RemoteStore:
     def read_file(self, path: str) -> bytes:  # noqa: D102
         return self._request(path, lambda files: bytes(files.cat_file(self._where(path))))
 
-    def local_file(self, path: str) -> Path:  # noqa: D102
+    def local_path(self, path: str) -> Path:  # noqa: D102
         cache = self._cache or _fallback_cache()
         file = self._fetch(path, self._version(path), cache, wait=True)
         if file is None:

@@ -42,7 +42,7 @@ class Store(Protocol):
         """Return a whole object, past the cache; meant for small ones."""
         ...
 
-    def local_file(self, path: str) -> Path:
+    def local_path(self, path: str) -> Path:
         """Return a local file with the object's bytes, for memory mapping; remote ones are fetched into the cache."""
         ...
 
@@ -120,7 +120,7 @@ class LocalStore:
         except OSError as error:
             raise self._explain(path, error) from error
 
-    def local_file(self, path: str) -> Path:  # noqa: D102
+    def local_path(self, path: str) -> Path:  # noqa: D102
         self.size(path)
         return self._root / path
 

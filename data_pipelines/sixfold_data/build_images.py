@@ -1,0 +1,213 @@
+"""Building image data sets: class sub-folders become labels, or ``.txt`` files beside the images become captions."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from sixfold.errors import DataError
+from sixfold_data.build import (
+    TRAIN,
+    VAL,
+    Building,
+    BuildOptions,
+    BuildReport,
+    KeyMaker,
+    assign_splits,
+    building,
+    check_output,
+    files_below,
+)
+from sixfold_data.build_text import decode_text
+from sixfold_data.tokenizers import ByteTokenizer
+
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+KEPT_FORMATS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}  # stored as they are; other formats become PNG
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """One image to be built: where it is, what the data set calls it, and what is known about it."""
+
+    file: Path
+    name: str
+    split: str
+    label: int | None = None
+    caption: Path | None = None
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """An image as it will be stored; ``size`` is (height, width) in pixels."""
+
+    extension: str
+    data: bytes
+    size: tuple[int, int]
+    channels: int
+
+
+def build_images(source: Path, options: BuildOptions, image_size: int | None = None) -> BuildReport:
+    """Build an image data set; the sub-folders of ``source``, sorted, become classes 0, 1, ...
+
+    Where the sub-folders are called ``train`` and ``val``, they are the splits and the classes are below them.
+
+    Args:
+        source: folder of images, at any depth.
+        options: see :class:`BuildOptions`.
+        image_size: crop to the central square and resize to this many pixels a side; None keeps the images.
+
+    Raises:
+        DataError: there are no images, too many are unreadable, or the output is not empty.
+    """
+    pictures, classes = _labelled(source, _image_files(source), options.val_fraction)
+    return _build(pictures, options, image_size, classes=classes)
+
+
+def build_image_text(source: Path, options: BuildOptions, image_size: int | None = None) -> BuildReport:
+    """Build a data set of captioned images: beside each image ``x.png`` stands its caption ``x.txt``.
+
+    An image without a caption counts as unreadable. See :func:`build_images` for arguments and errors.
+    """
+    files = _image_files(source)
+    names = [file.relative_to(source).as_posix() for file in files]
+    splits = assign_splits(names, options.val_fraction)
+    pictures = [
+        Picture(file=file, name=name, split=split, caption=file.with_suffix(".txt"))
+        for file, name, split in zip(files, names, splits, strict=True)
+    ]
+    return _build(pictures, options, image_size)
+
+
+def encode_image(data: bytes, image_size: int | None) -> EncodedImage:
+    """Decode an image wholly, to know that it can be, and return the bytes to store.
+
+    Raises:
+        ValueError: it cannot be decoded.
+    """
+    try:
+        image = Image.open(io.BytesIO(data))
+        image.load()
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"not a readable image ({error})") from error
+    grey = image.mode in ("1", "L", "I;16", "LA")
+    extension = KEPT_FORMATS.get(image.format or "")
+    if image_size is None and extension is not None:
+        return EncodedImage(extension, data, (image.height, image.width), 1 if grey else 3)
+    upright = ImageOps.exif_transpose(image).convert("L" if grey else "RGB")
+    if image_size is not None:
+        upright = ImageOps.fit(upright, (image_size, image_size), Image.Resampling.LANCZOS)
+    return EncodedImage("png", encode_png(upright), (upright.height, upright.width), 1 if grey else 3)
+
+
+def encode_png(image: Image.Image) -> bytes:
+    """Return the PNG form of an image."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _image_files(source: Path) -> list[Path]:
+    if not source.is_dir():
+        raise DataError.of("there is no such folder", where=str(source), fix="name a folder that holds images")
+    files = [file for file in files_below(source) if file.suffix.lower() in IMAGE_SUFFIXES]
+    if not files:
+        raise DataError.of(
+            "there are no images in this folder", where=str(source), allowed=", ".join(sorted(IMAGE_SUFFIXES))
+        )
+    return files
+
+
+def _labelled(source: Path, files: list[Path], val_fraction: float) -> tuple[list[Picture], list[str]]:
+    """Give each image its split, and its class where all images are in sub-folders."""
+    parts = [file.relative_to(source).parts for file in files]
+    presplit = val_fraction > 0 and {part[0] if len(part) > 1 else "" for part in parts} == {TRAIN, VAL}
+    if presplit:
+        parts = [part[1:] for part in parts]
+    labelled = all(len(part) > 1 for part in parts)
+    classes = sorted({part[0] for part in parts}) if labelled else []
+    number = {name: index for index, name in enumerate(classes)}
+    names = [file.relative_to(source).as_posix() for file in files]
+    splits = [name.partition("/")[0] for name in names] if presplit else assign_splits(names, val_fraction)
+    pictures = [
+        Picture(file=file, name=name, split=split, label=number[part[0]] if labelled else None)
+        for file, name, split, part in zip(files, names, splits, parts, strict=True)
+    ]
+    return pictures, classes
+
+
+def _build(
+    pictures: list[Picture], options: BuildOptions, image_size: int | None, classes: list[str] | None = None
+) -> BuildReport:
+    check_output(options.out)
+    captioned = pictures[0].caption is not None
+    sizes: set[tuple[int, int]] = set()
+    channels: set[int] = set()
+    keys = KeyMaker()
+
+    def load(picture: Picture) -> dict[str, bytes] | ValueError:
+        try:
+            image = encode_image(picture.file.read_bytes(), image_size)
+            members = {image.extension: image.data}
+            if picture.label is not None:
+                members["cls"] = str(picture.label).encode()
+            if picture.caption is not None:
+                members["txt"] = _caption(picture.caption)
+        except (OSError, ValueError) as error:
+            return ValueError(str(error))
+        sizes.add(image.size)
+        channels.add(image.channels)
+        return members
+
+    with building(options) as work:
+        for number, (picture, members) in enumerate(ordered_map(load, pictures)):
+            _write(work, picture, members, keys)
+            options.progress(number + 1, len(pictures))
+        return work.finish(
+            "image-text" if captioned else "images",
+            classes=classes or (),
+            tokenizer=ByteTokenizer().description() if captioned else None,
+            image_size=next(iter(sizes)) if len(sizes) == 1 else None,
+            channels=max(channels, default=None),
+        )
+
+
+def _write(work: Building, picture: Picture, members: dict[str, bytes] | ValueError, keys: KeyMaker) -> None:
+    if isinstance(members, ValueError):
+        work.rejects.add(picture.file, str(members))
+    else:
+        work.writers[picture.split].add(keys.key(picture.name), members, label=picture.label)
+
+
+def _caption(file: Path) -> bytes:
+    if not file.exists():
+        raise ValueError(f"it has no caption ({file.name})")
+    return decode_text(file.read_bytes()).strip().encode()
+
+
+def ordered_map(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[tuple[Item, Result]]:
+    """Yield (item, function(item)) in the order of the items, computed by one thread a core a little ahead.
+
+    Pillow works outside the interpreter's lock, so threads are enough.
+    """
+    threads = len(os.sched_getaffinity(0))
+    ahead: deque[tuple[Item, Future[Result]]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for item in items:
+            ahead.append((item, pool.submit(function, item)))
+            if len(ahead) > 8 * threads:
+                first, future = ahead.popleft()
+                yield first, future.result()
+        while ahead:
+            first, future = ahead.popleft()
+            yield first, future.result()
