@@ -1,0 +1,66 @@
+"""Finding recipes by name: the project's own ``./recipes`` first, then those that come with Sixfold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from sixfold.config.schema import nearest
+from sixfold.errors import RecipeError
+
+
+@dataclass(frozen=True)
+class CatalogueEntry:
+    """A recipe that can be named: its name is its path below the recipe folder without the suffix."""
+
+    name: str
+    path: Path
+
+
+def recipe_folders() -> list[Path]:
+    """The folders that are searched, first wins: ``./recipes``, then the packaged ones (an editable install's own)."""
+    here = Path(__file__).resolve()
+    packaged = [here.parent / "builtin", here.parents[3] / "recipes"]
+    folders = [Path.cwd() / "recipes", *packaged]
+    return list(dict.fromkeys(folder.resolve() for folder in folders if folder.is_dir()))
+
+
+def catalogue() -> list[CatalogueEntry]:
+    """Every recipe that can be named, by name; folders and files that start with ``_`` or ``.`` are building blocks."""
+    entries: dict[str, CatalogueEntry] = {}
+    for folder in recipe_folders():
+        for path in _recipe_files(folder):
+            name = path.relative_to(folder).with_suffix("").as_posix()
+            entries.setdefault(name, CatalogueEntry(name, path))
+    return sorted(entries.values(), key=lambda entry: entry.name)
+
+
+def _recipe_files(folder: Path) -> Iterator[Path]:
+    for path in sorted(folder.rglob("*.yaml")):
+        if not any(part.startswith(("_", ".")) for part in path.relative_to(folder).parts):
+            yield path
+
+
+def find_recipe(reference: str) -> Path:
+    """Return the file of a recipe given as a path or as a name from the catalogue.
+
+    Raises:
+        RecipeError: there is neither such a file nor such a name.
+    """
+    path = Path(reference).expanduser()
+    if path.is_file():
+        return path
+    names = {entry.name: entry.path for entry in catalogue()}
+    if reference in names:
+        return names[reference]
+    last_parts = {name.rpartition("/")[2]: name for name in names}
+    suggestion = nearest(reference, list(names)) or last_parts.get(
+        nearest(Path(reference).stem, list(last_parts)) or ""
+    )
+    raise RecipeError.of(
+        f"there is no recipe {reference!r}",
+        where="RECIPE",
+        allowed="a YAML file, or one of: " + (", ".join(names) or "(no recipes were found)"),
+        fix=f"did you mean `{suggestion}`?" if suggestion else "`sixfold recipes` lists the names",
+    )

@@ -1,0 +1,328 @@
+"""Checks across the sections of a recipe before anything starts; all faults are collected and name their keys' lines."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from sixfold.config.provenance import Provenance
+from sixfold.config.schema import nearest, spell
+from sixfold.engine.config import DeepSpeedConfig, FSDPConfig, MuonConfig, WSDConfig
+from sixfold.errors import Fault, RecipeError
+from sixfold.models.dit.config import DiTConfig
+from sixfold.objectives.denoising.config import DenoisingConfig
+from sixfold.recipe.recipe import Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """What goes together with one type of objective."""
+
+    modality: Literal["image", "text"]
+    networks: tuple[str, ...]
+    samplers: tuple[str, ...]
+    metrics: tuple[str, ...]
+
+
+FITS: dict[str, Fit] = {
+    "denoising": Fit(
+        modality="image",
+        networks=("dit",),
+        samplers=("euler", "heun"),
+        metrics=("loss", "fd", "kid", "nearest_neighbour", "conditional_accuracy"),
+    ),
+    "next_token": Fit(
+        modality="text",
+        networks=("moe_transformer",),
+        samplers=("autoregressive",),
+        metrics=("loss", "bits_per_byte"),
+    ),
+}
+"""By objective; a new objective adds its line."""
+
+SAMPLE_METRICS = ("fd", "kid", "nearest_neighbour", "conditional_accuracy")
+"""Metrics that score drawn samples, and so need ``sampling``."""
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """The recipe under check, how many ranks it is to run on if that is known, and where its settings were written."""
+
+    recipe: Recipe
+    world_size: int | None
+    provenance: Provenance
+
+    def say(self, *keys: str) -> str:
+        """Spell keys with their values and places: ``data.lanes = 48 (my.yaml:7) and train.steps = 9 (default)``."""
+        return " and ".join(f"{key} = {self._value(key)} ({self.provenance.where(key)})" for key in keys)
+
+    def fault(self, what: str, *, at: str, fix: str, allowed: str | None = None) -> Fault:
+        """A fault whose place is the line of the key ``at``."""
+        return Fault(what=what, where=self.provenance.nearest(tuple(at.split("."))), allowed=allowed, fix=fix)
+
+    def _value(self, key: str) -> str:
+        node: Any = self.recipe
+        for part in key.split("."):
+            node = node.get(part) if isinstance(node, dict) else getattr(node, part)
+        return spell(node).strip("'")
+
+    def role_key(self, role: str, section: str) -> str:
+        """The dotted key of a role's section: its own where the role overrides it."""
+        override = self.recipe.roles.get(role)
+        own = override is not None and getattr(override, section) is not None
+        return f"roles.{role}.{section}" if own else section
+
+
+def check_recipe(recipe: Recipe, world_size: int | None = None, *, provenance: Provenance | None = None) -> None:
+    """Check that a recipe's sections fit together, and fit the number of ranks if that is given.
+
+    Raises:
+        RecipeError: with every fault.
+    """
+    checked = _Checked(recipe, world_size, provenance or Provenance(f"recipe {recipe.name}"))
+    # the same section serves many roles: dict.fromkeys drops what would be said once for each
+    faults = list(dict.fromkeys(fault for check in _CHECKS for fault in check(checked)))
+    if faults:
+        raise RecipeError(*faults)
+
+
+def _batches_divide(checked: _Checked) -> Iterator[Fault]:
+    """Ranks divide lanes (which divide the global batch), so that a rank's slots are whole lanes."""
+    data, ranks = checked.recipe.data, checked.world_size
+    if ranks is None or data.lane_count % ranks == 0:
+        yield from _micro_batches_divide(checked, data.global_batch // (ranks or 1))
+        return
+    lanes = math.lcm(data.lane_count, ranks)
+    may_be = [str(n) for n in range(1, data.lane_count + 1) if data.lane_count % n == 0]
+    yield checked.fault(
+        f"{checked.say('data.lanes', 'data.global_batch')}: {ranks} ranks cannot share {data.lane_count} lanes evenly",
+        at="data.lanes" if data.lanes is not None else "data.global_batch",
+        allowed=f"ranks that divide {data.lane_count}: {', '.join(may_be)}",
+        fix=f"set data.lanes={lanes} (this changes the order of samples), or run on another number of ranks"
+        if data.global_batch % lanes == 0
+        else f"set data.global_batch to a multiple of {ranks}, or run on another number of ranks",
+    )
+
+
+def _micro_batches_divide(checked: _Checked, rank_batch: int) -> Iterator[Fault]:
+    """A micro-batch divides the rank's batch, or is larger and then never reached."""
+    for role in checked.recipe.objective.role_names:
+        micro_batch = checked.recipe.engine_of(role).micro_batch
+        if micro_batch is None or micro_batch >= rank_batch or rank_batch % micro_batch == 0:
+            continue
+        key = f"{checked.role_key(role, 'engine')}.micro_batch"
+        smaller = max(n for n in range(1, micro_batch + 1) if rank_batch % n == 0)
+        on_ranks = f" on {checked.world_size} ranks" if checked.world_size else ""
+        yield checked.fault(
+            f"{checked.say(key, 'data.global_batch')}{on_ranks}: a rank's {rank_batch} are not whole micro-batches",
+            at=key,
+            allowed=f"a divisor of {rank_batch}",
+            fix=f"set {key}={smaller}",
+        )
+
+
+def _data_fit(checked: _Checked) -> Iterator[Fault]:
+    """Text is cut into sequences; pictures come in the size that the network takes."""
+    recipe, size = checked.recipe, checked.recipe.data.image_size
+    if FITS[recipe.objective.type].modality == "text" and recipe.data.sequence_length is None:
+        yield checked.fault(
+            f"data.sequence_length is missing: objective {recipe.objective.type} trains on sequences of tokens",
+            at="data",
+            allowed="an integer from 1",
+            fix="set data.sequence_length=256",
+        )
+    for name in recipe.objective.network_names:
+        network = recipe.networks.get(name)
+        if isinstance(network, DiTConfig) and size is not None and size != network.image_size:
+            yield checked.fault(
+                f"{checked.say('data.image_size', f'networks.{name}.image_size')}: pictures do not fit the network",
+                at="data.image_size",
+                allowed=str(network.image_size),
+                fix=f"set data.image_size={network.image_size}, or change networks.{name}.image_size",
+            )
+
+
+def _networks_exist(checked: _Checked) -> Iterator[Fault]:
+    """Every network the objective names is there and of a kind it can train; none is left over."""
+    recipe, fit = checked.recipe, FITS[checked.recipe.objective.type]
+    used = recipe.objective.network_names
+    for name in used:
+        network = recipe.networks.get(name)
+        if network is None:
+            suggestion = nearest(name, list(recipe.networks)) or next(iter(recipe.networks))
+            yield checked.fault(
+                f"objective {recipe.objective.type} needs a network {name!r}, which networks does not have",
+                at="networks",
+                allowed=", ".join(recipe.networks),
+                fix=f"name it networks.{name}, or set objective.network={suggestion}",
+            )
+        elif network.type not in fit.networks:
+            yield checked.fault(
+                f"{checked.say(f'networks.{name}.type')}: objective {recipe.objective.type} cannot train this type",
+                at=f"networks.{name}.type",
+                allowed=", ".join(fit.networks),
+                fix=f"set networks.{name}.type={fit.networks[0]} with its settings, or choose another objective",
+            )
+    for name in recipe.networks:
+        if name not in used and all(other in recipe.networks for other in used):
+            yield checked.fault(
+                f"networks.{name} is used by nothing: objective {recipe.objective.type} uses {', '.join(used)}",
+                at=f"networks.{name}",
+                fix=f"remove it (networks.{name}=null)",
+            )
+
+
+def _roles_exist(checked: _Checked) -> Iterator[Fault]:
+    known = checked.recipe.objective.role_names
+    for role in checked.recipe.roles:
+        if role not in known:
+            yield checked.fault(
+                f"roles.{role}: objective {checked.recipe.objective.type} has no such role",
+                at=f"roles.{role}",
+                allowed=", ".join(known),
+                fix=f"did you mean roles.{nearest(role, known) or known[0]}?",
+            )
+
+
+def _sampler_fits(checked: _Checked) -> Iterator[Fault]:
+    recipe, fit = checked.recipe, FITS[checked.recipe.objective.type]
+    if recipe.sampling is not None and recipe.sampling.type not in fit.samplers:
+        yield checked.fault(
+            f"{checked.say('sampling.type')} cannot draw from what {checked.say('objective.type')} trains",
+            at="sampling.type",
+            allowed=", ".join(fit.samplers),
+            fix=f"set sampling.type={fit.samplers[0]}",
+        )
+
+
+def _guidance_has_null(checked: _Checked) -> Iterator[Fault]:
+    """Label drop and guidance need labels, and guidance needs a network that saw their absence."""
+    recipe = checked.recipe
+    if not isinstance(recipe.objective, DenoisingConfig):
+        return
+    network = recipe.networks.get(recipe.objective.network)
+    labelled = not isinstance(network, DiTConfig) or network.classes > 0
+    guidance = getattr(recipe.sampling, "guidance", None)
+    if recipe.objective.label_drop > 0 and not labelled:
+        yield checked.fault(
+            f"{checked.say('objective.label_drop')}, but networks.{recipe.objective.network} has no classes to drop",
+            at="objective.label_drop",
+            fix=f"set networks.{recipe.objective.network}.classes, or objective.label_drop=0.0",
+        )
+    if guidance is not None and guidance.type == "cfg" and (not labelled or recipe.objective.label_drop == 0):
+        yield checked.fault(
+            f"{checked.say('sampling.guidance.type', 'objective.label_drop')}: guidance needs a network that was also "
+            "trained without its condition",
+            at="sampling.guidance",
+            fix="set objective.label_drop=0.1 (and classes), or sampling.guidance.type=none",
+        )
+
+
+def _metrics_fit(checked: _Checked) -> Iterator[Fault]:
+    recipe = checked.recipe
+    if recipe.evaluation is None:
+        return
+    fitting = FITS[recipe.objective.type].metrics
+    for metric in recipe.evaluation.metrics:
+        if metric not in fitting:
+            yield checked.fault(
+                f"evaluation.metrics: {metric} does not apply to objective {recipe.objective.type}",
+                at="evaluation.metrics",
+                allowed=", ".join(fitting),
+                fix=f"remove {metric} from the list",
+            )
+    if recipe.sampling is None and (needing := [m for m in recipe.evaluation.metrics if m in SAMPLE_METRICS]):
+        yield checked.fault(
+            f"evaluation.metrics has {', '.join(needing)}, which score samples, and there is no sampling section",
+            at="evaluation.metrics",
+            fix="add a sampling section, or remove these metrics",
+        )
+    yield from _labels_for_metrics(checked)
+
+
+def _labels_for_metrics(checked: _Checked) -> Iterator[Fault]:
+    """The feature classifier, and accuracy by class, need labels."""
+    recipe, evaluation = checked.recipe, checked.recipe.evaluation
+    networks = [recipe.networks[name] for name in recipe.objective.network_names if name in recipe.networks]
+    if evaluation is None or not all(isinstance(network, DiTConfig) and network.classes == 0 for network in networks):
+        return
+    if "conditional_accuracy" in evaluation.metrics:
+        yield checked.fault(
+            "evaluation.metrics: conditional_accuracy needs labels, and no network has classes",
+            at="evaluation.metrics",
+            fix="set classes on the network, or remove conditional_accuracy",
+        )
+
+
+def _schedules_end(checked: _Checked) -> Iterator[Fault]:
+    """Warm-up, and the decay of WSD, end within the run."""
+    steps = checked.recipe.train.steps
+    for role in checked.recipe.objective.role_names:
+        schedule, key = checked.recipe.schedule_of(role), checked.role_key(role, "schedule")
+        decay = schedule.decay_fraction if isinstance(schedule, WSDConfig) else 0.0
+        if schedule.warmup_steps >= steps:
+            yield checked.fault(
+                f"{checked.say(f'{key}.warmup_steps', 'train.steps')}: warm-up never ends",
+                at=f"{key}.warmup_steps",
+                allowed=f"less than {steps}",
+                fix=f"set {key}.warmup_steps={steps // 20}, or raise train.steps",
+            )
+        elif schedule.warmup_steps > round(steps * (1.0 - decay)):
+            yield checked.fault(
+                f"{checked.say(f'{key}.warmup_steps', f'{key}.decay_fraction')}: warm-up and decay overlap",
+                at=f"{key}.warmup_steps",
+                allowed=f"up to {round(steps * (1.0 - decay))}",
+                fix=f"lower {key}.warmup_steps or {key}.decay_fraction, or raise train.steps",
+            )
+
+
+def _engines_fit(checked: _Checked) -> Iterator[Fault]:
+    """ZeRO keeps flat partitions, which Muon cannot orthogonalise; HSDP replicas divide the ranks."""
+    for role in checked.recipe.objective.role_names:
+        engine, key = checked.recipe.engine_of(role), checked.role_key(role, "engine")
+        if isinstance(engine, DeepSpeedConfig) and isinstance(checked.recipe.optimizer_of(role), MuonConfig):
+            optimizer_key = checked.role_key(role, "optimizer")
+            yield checked.fault(
+                f"{checked.say(f'{key}.type', f'{optimizer_key}.type')}: ZeRO keeps flat pieces, Muon whole matrices",
+                at=f"{optimizer_key}.type",
+                allowed="deepspeed with adamw; ddp or fsdp with either",
+                fix=f"set {optimizer_key}.type=adamw (with its lr), or {key}.type=fsdp",
+            )
+        if isinstance(engine, FSDPConfig) and checked.world_size and checked.world_size % engine.replicate:
+            yield checked.fault(
+                f"{checked.say(f'{key}.replicate')} on {checked.world_size} ranks: replicas must divide the ranks",
+                at=f"{key}.replicate",
+                allowed=f"a divisor of {checked.world_size}",
+                fix=f"set {key}.replicate=1, or run on a multiple of {engine.replicate} ranks",
+            )
+
+
+def _milestones_are_saved(checked: _Checked) -> Iterator[Fault]:
+    checkpoint = checked.recipe.checkpoint
+    if checkpoint.keep_every is not None and checkpoint.keep_every % checkpoint.every_steps:
+        yield checked.fault(
+            f"{checked.say('checkpoint.keep_every', 'checkpoint.every_steps')}: most milestones would never be saved",
+            at="checkpoint.keep_every",
+            allowed=f"a multiple of {checkpoint.every_steps}",
+            fix=f"set checkpoint.keep_every={_next_multiple(checkpoint.keep_every, checkpoint.every_steps)}",
+        )
+
+
+def _next_multiple(value: int, of: int) -> int:
+    return -(-value // of) * of
+
+
+_CHECKS: tuple[Callable[[_Checked], Iterator[Fault]], ...] = (
+    _batches_divide,
+    _data_fit,
+    _networks_exist,
+    _roles_exist,
+    _sampler_fits,
+    _guidance_has_null,
+    _metrics_fit,
+    _schedules_end,
+    _engines_fit,
+    _milestones_are_saved,
+)
