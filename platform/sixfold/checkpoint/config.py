@@ -16,7 +16,7 @@ class CheckpointConfig(Config):
     keep: int = Field(
         default=3,
         ge=1,
-        description="How many of the newest verified checkpoints to keep. An older one goes only after a newer one verified.",
+        description="How many of the newest checkpoints to keep. An older one goes only once a newer one has verified.",
     )
     keep_every: int | None = Field(
         default=None,
@@ -30,8 +30,8 @@ class CheckpointConfig(Config):
     verify: bool = Field(
         default=True,
         description=(
-            "Read every file of a new checkpoint back and compare hashes before `latest` moves to it or an older one is "
-            "deleted. Without it only sizes are compared; hashes are compared on resume in any case."
+            "Read every file of a new checkpoint back and compare hashes before it counts and an older one is deleted. "
+            "Without it only sizes are compared; hashes are compared on resume in any case."
         ),
     )
     timeout_s: float = Field(

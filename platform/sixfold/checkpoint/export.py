@@ -1,0 +1,61 @@
+"""Taking a network out of a checkpoint: full tensors in one process, without engines or process groups."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sixfold.checkpoint.ranks import Ranks
+from sixfold.checkpoint.reading import fill
+from sixfold.checkpoint.storage import StoreReader
+from sixfold.checkpoint.verification import Candidate
+from sixfold.errors import CheckpointError
+
+
+def read_parameters(candidate: Candidate, role: str, *, averaged: bool) -> dict[str, Tensor]:
+    """Return a role's full parameters and buffers on the CPU, as ``load_state_dict`` takes them.
+
+    Args:
+        candidate: a verified checkpoint.
+        role: whose network.
+        averaged: the moving average of the parameters instead of the parameters.
+
+    Raises:
+        CheckpointError: the checkpoint has no such role, or no moving average of it.
+    """
+    saved = StoreReader(candidate.store, candidate.folder, candidate.manifest).tensors()
+    kind = "ema" if averaged else "parameters"
+    chosen: dict[str, str] = {}
+    for prefix in (f"roles/{role}/{kind}/", f"roles/{role}/buffers/"):
+        chosen |= {name: name.removeprefix(prefix) for name in saved if name.startswith(prefix)}
+    if not any(name.startswith(f"roles/{role}/{kind}/") for name in chosen):
+        available = sorted({"/".join(name.split("/")[1:3]) for name in saved})
+        raise CheckpointError.of(f"it holds no {role}/{kind}", where=candidate.uri, allowed=", ".join(available))
+    state = {name: torch.empty(saved[name].size, dtype=saved[name].properties.dtype) for name in chosen}
+    fill(candidate, state, Ranks(None))
+    return {short: state[name] for name, short in chosen.items()}
+
+
+def export_safetensors(candidate: Candidate, role: str, *, averaged: bool, out: Path) -> None:
+    """Write a role's parameters and buffers to one safetensors file that says where it comes from.
+
+    Raises:
+        CheckpointError: the checkpoint has no such role, or no moving average of it.
+    """
+    tensors = read_parameters(candidate, role, averaged=averaged)
+    manifest = candidate.manifest
+    description = {
+        "format": "pt",
+        "role": role,
+        "averaged": str(averaged).lower(),
+        "step": str(candidate.step),
+        "recipe_hash": manifest.identity.recipe_hash,
+        "fingerprint": manifest.identity.fingerprint,
+        "written_by": f"sixfold {manifest.versions['sixfold']}",
+    }
+    partial = out.with_name(f".{out.name}.partial")
+    save_file(tensors, partial, metadata=description)
+    partial.replace(out)
