@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from sixfold.config.composition import compose_file
+from sixfold.config.provenance import display_path
 from sixfold.config.schema import nearest
 from sixfold.errors import RecipeError
 
@@ -34,6 +37,27 @@ def catalogue() -> list[CatalogueEntry]:
             name = path.relative_to(folder).with_suffix("").as_posix()
             entries.setdefault(name, CatalogueEntry(name, path))
     return sorted(entries.values(), key=lambda entry: entry.name)
+
+
+def summarise(entry: CatalogueEntry) -> dict[str, str]:
+    """What ``sixfold recipes`` says of one recipe; a recipe that cannot be read says why instead of its description."""
+    try:
+        values = compose_file(entry.path).values
+    except RecipeError as error:
+        values = {"description": f"cannot be read: {error.faults[0].what}"}
+    networks = values.get("networks")
+    return {
+        "name": entry.name,
+        "path": display_path(entry.path),
+        "objective": _type_of(values.get("objective")),
+        "networks": ", ".join(_type_of(n) for n in networks.values()) if isinstance(networks, dict) else "",
+        "engine": _type_of(values.get("engine")),
+        "description": str(values.get("description", "")),
+    }
+
+
+def _type_of(section: Any) -> str:
+    return str(section.get("type", "")) if isinstance(section, dict) else ""
 
 
 def _recipe_files(folder: Path) -> Iterator[Path]:

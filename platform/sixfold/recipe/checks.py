@@ -1,4 +1,4 @@
-"""Checks across the sections of a recipe before anything starts; all faults are collected and name their keys' lines."""
+"""Checks across the sections of a recipe before anything starts; faults are collected and name their keys' lines."""
 
 from __future__ import annotations
 

@@ -100,12 +100,23 @@ class Recipe(Config):
         override = self.roles.get(role)
         return self.engine if override is None or override.engine is None else override.engine
 
+    def resolved(self) -> dict[str, Any]:
+        """All settings as plain values, defaults written out, ``type`` first in its section."""
+        values: dict[str, Any] = _type_first(self.model_dump(mode="json"))
+        return values
+
     def dump_yaml(self) -> str:
-        """The resolved recipe, defaults written out; :func:`~sixfold.recipe.load.load_recipe` reads it back equal."""
-        return dump_yaml(self.model_dump(mode="json"))
+        """The resolved recipe as YAML; :func:`~sixfold.recipe.load.load_recipe` reads it back equal."""
+        return dump_yaml(self.resolved())
 
     @property
     def recipe_hash(self) -> str:
         """SHA-256 of the resolved recipe's canonical JSON: equal recipes, equal hash, whatever files they came from."""
         canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _type_first(values: Any) -> Any:
+    if isinstance(values, dict):
+        return {key: _type_first(values[key]) for key in sorted(values, key=lambda key: key != "type")}
+    return [_type_first(item) for item in values] if isinstance(values, list) else values
