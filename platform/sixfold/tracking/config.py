@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from sixfold.config.base import Component
+
+_URI_SCHEMES = ("sqlite:///", "http://", "https://", "postgresql", "mysql", "mssql", "databricks")
 
 
 class MLflowConfig(Component):
     """Mirror the run in MLflow: metrics, parameters, sample grids, texts, and where the model lies."""
 
-    implementation: ClassVar[str] = "sixfold.tracking.mlflow:MLflowTracker"
+    implementation: ClassVar[str] = "sixfold.tracking.tracker:MLflowTracker"
 
     type: Literal["mlflow"] = Field(default="mlflow", description="Mirror the event log in an MLflow store or server.")
     uri: str = Field(
@@ -39,6 +41,16 @@ class MLflowConfig(Component):
         le=3600.0,
         description="Seconds the end of a run may wait for the server; what is left is sent by the next attempt.",
     )
+
+    @field_validator("uri")
+    @classmethod
+    def _is_a_database_or_server(cls, uri: str) -> str:
+        if uri.startswith(_URI_SCHEMES):
+            return uri
+        raise ValueError(
+            f"uri must start with one of {', '.join(_URI_SCHEMES)}, got {uri!r}; "
+            "MLflow no longer keeps runs in plain folders, so name a database file: sqlite:///mlflow.db"
+        )
 
 
 class JsonlConfig(Component):

@@ -15,6 +15,7 @@ import os
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -49,12 +50,18 @@ class EventLog:
         last = _cut_torn_tail(self.path)
         self._sequence = int(last["sequence"]) if last is not None else 0
         self._attempt = 0
+        self._progress = (0, 0)
         self._descriptor = self._open()
 
     @property
     def attempt(self) -> int:
         """The number of this attempt, from 1; 0 before :meth:`begin`."""
         return self._attempt
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """``(step, samples)`` of the newest metrics that this attempt logged; zeros before the first."""
+        return self._progress
 
     def begin(self, *, step: int) -> int:
         """Open an attempt that continues after ``step`` finished steps, and return its number (1 for the first).
@@ -72,6 +79,7 @@ class EventLog:
         """Record metrics measured after ``step`` steps and ``samples`` samples."""
         encoded = {name: _encode(float(value)) for name, value in values.items()}
         self._append({"step": step, "samples": samples, "metrics": encoded})
+        self._progress = (step, samples)
 
     def image(self, *, key: str, step: int, path: Path) -> None:
         """Record a PNG file that lies in the run folder (``path`` absolute, or relative to it)."""
@@ -137,7 +145,7 @@ class EventLog:
         dropped = {event["sequence"] for event in superseded}
         kept = (event for event in _read(self.path) if event["sequence"] not in dropped)
         replacement = self.path.with_suffix(".tmp")
-        _write_lines(replacement, "wb", (*kept, self._stamp(marker)))
+        _write_lines(replacement, "wb", chain(kept, [self._stamp(marker)]))
         replacement.replace(self.path)
         os.close(self._descriptor)
         self._descriptor = self._open()
