@@ -1,8 +1,8 @@
 """Building a data set: the part that all kinds share.
 
 A build writes into ``<out>.tmp-<pid>`` and renames that to ``<out>`` when it is whole, so that no half-built data set
-is ever found under the name that was asked for. Which split a sample is in depends on its name alone, so adding files to
-an input moves no other file between splits.
+is ever found under the name that was asked for. Which split a sample is in depends on its name alone, so adding files
+to an input moves no other file between splits.
 """
 
 from __future__ import annotations

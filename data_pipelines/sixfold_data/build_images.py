@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from sixfold.errors import DataError
@@ -28,6 +29,7 @@ from sixfold_data.build import (
 )
 from sixfold_data.build_text import decode_text
 from sixfold_data.tokenizers import ByteTokenizer
+from sixfold_data.traits import GREY_MODES
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 KEPT_FORMATS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}  # stored as they are; other formats become PNG
@@ -96,12 +98,14 @@ def encode_image(data: bytes, image_size: int | None) -> EncodedImage:
         ValueError: it cannot be decoded.
     """
     try:
-        image = Image.open(io.BytesIO(data))
+        image: Image.Image = Image.open(io.BytesIO(data))
         image.load()
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"not a readable image ({error})") from error
-    grey = image.mode in ("1", "L", "I;16", "LA")
     extension = KEPT_FORMATS.get(image.format or "")
+    if image.mode.startswith("I"):  # 16-bit grey: the high byte, where Pillow's conversion would clip
+        image, extension = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)), None
+    grey = image.mode in GREY_MODES
     if image_size is None and extension is not None:
         return EncodedImage(extension, data, (image.height, image.width), 1 if grey else 3)
     upright = ImageOps.exif_transpose(image).convert("L" if grey else "RGB")

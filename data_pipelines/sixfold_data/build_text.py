@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from sixfold.errors import DataError
 from sixfold_data.build import (
@@ -142,7 +139,7 @@ def _readable_texts(documents: Sequence[Document]) -> Iterator[str]:
 
 def _encode(tokenizer: Tokenizer, text: str, extension: str) -> tuple[bytes, int]:
     """Return the stored token numbers, end of text appended, and how many they are."""
-    dtype: np.dtype[Any] = STORAGE_DTYPES[extension]
+    dtype = STORAGE_DTYPES[extension]
     pieces = [
         tokenizer.encode(text[start : start + ENCODE_CHARACTERS]).astype(dtype).tobytes()
         for start in range(0, len(text), ENCODE_CHARACTERS)

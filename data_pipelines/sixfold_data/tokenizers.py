@@ -131,5 +131,5 @@ def storage_extension(vocabulary_size: int) -> str:
     return "u16" if vocabulary_size <= 1 << 16 else "u32"
 
 
-STORAGE_DTYPES = {"u16": np.dtype("<u2"), "u32": np.dtype("<u4")}
+STORAGE_DTYPES: dict[str, np.dtype[np.uint16] | np.dtype[np.uint32]] = {"u16": np.dtype("<u2"), "u32": np.dtype("<u4")}
 """dtype of stored tokens by member extension."""
