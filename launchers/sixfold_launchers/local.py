@@ -44,7 +44,9 @@ class Outcome:
         return self.exit_code > 128
 
 
-def launch(run_folder: Path, *, ranks: int, max_restarts: int = 0, on_restart: Callable[[str], None] = print) -> Outcome:
+def launch(
+    run_folder: Path, *, ranks: int, max_restarts: int = 0, on_restart: Callable[[str], None] = print
+) -> Outcome:
     """Start ``ranks`` workers on a run folder, wait for them, and restart all of them when one was killed.
 
     SIGINT and SIGTERM are passed on, so that the ranks save at the next step boundary and end.

@@ -7,7 +7,8 @@ evaluation, checkpoints) is a hook.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -19,6 +20,7 @@ from sixfold.distributed.randomness import PositionRandom
 from sixfold.engine.contract import Engine, StepReport
 from sixfold.errors import TrainingError
 from sixfold.objectives.contract import Batch, LossTerms, Networks, Objective, Phase, Progress, Sum
+from sixfold_data.stream import TrainStream
 
 
 @dataclass(kw_only=True)
@@ -28,7 +30,7 @@ class Training:
     objective: Objective
     engines: Mapping[str, Engine]
     frozen: Mapping[str, nn.Module]
-    stream: Iterator[Batch]
+    stream: TrainStream
     progress: Progress
     device: torch.device
     seed: int
@@ -50,12 +52,16 @@ class Training:
 
 @dataclass(frozen=True, kw_only=True)
 class StepRecord:
-    """What one training step did, equal on all ranks: mean metrics, one engine report a phase, whether to stop."""
+    """What one training step did: mean metrics, one engine report a phase, whether to stop; equal on all ranks.
+
+    ``seconds`` alone is this rank's own: from asking for the batch to the end of the update.
+    """
 
     progress: Progress
     metrics: Mapping[str, float]
     reports: Mapping[str, StepReport]
     stop_requested: bool
+    seconds: float = 0.0
 
     @property
     def skipped(self) -> bool:
@@ -74,8 +80,10 @@ class Hook(Protocol):
 def train(training: Training, hooks: Sequence[Hook], stop_requested: Callable[[], bool]) -> bool:
     """Train until the recipe's last step or until any rank asks to stop; return whether training is complete."""
     while training.progress.step < training.progress.total_steps:
+        started = time.perf_counter()
         batch = next(training.stream).to(training.device)
         record = train_step(training, batch, stop_requested())
+        record = replace(record, seconds=time.perf_counter() - started)
         training.progress = record.progress
         enforce_skip_budget(training, record)
         for hook in hooks:
@@ -139,7 +147,9 @@ class _Totals:
         for name, value in terms.metrics.items():
             before = self.metrics.get(name)
             total, count = value.total.double(), value.count.double()
-            self.metrics[name] = Sum(total, count) if before is None else Sum(before.total + total, before.count + count)
+            self.metrics[name] = (
+                Sum(total, count) if before is None else Sum(before.total + total, before.count + count)
+            )
         for name, statistic in terms.statistics.items():
             self.statistics[name] = self.statistics[name] + statistic if name in self.statistics else statistic
 
@@ -169,9 +179,7 @@ def _accumulate(training: Training, engine: Engine, batch: Batch, phase: Phase) 
     micro_batches = list(batch.split(training.micro_batch[phase.trains]))
     for index, micro in enumerate(micro_batches):
         with engine.accumulate(last=index == len(micro_batches) - 1):
-            terms = training.objective(
-                training.networks, micro, phase, PositionRandom(training.seed, micro.positions)
-            )
+            terms = training.objective(training.networks, micro, phase, PositionRandom(training.seed, micro.positions))
             engine.backward(terms.loss)
         totals.add(terms)
     return totals

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import signal
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -45,8 +46,22 @@ class RunFolder:
         record: dict[str, str] = json.loads((self.path / "run.json").read_text())
         return record["run_id"]
 
-    def error_of(self, rank: int) -> Path:
-        """Where a rank leaves the error it ended with."""
+    def leave_error(self, rank: int, text: str) -> None:
+        """Leave the error a rank ends with for whoever started it."""
+        (self.path / "errors").mkdir(exist_ok=True)
+        write_atomically(self._error_of(rank), text)
+
+    def failure(self, rank: int | None, exit_code: int) -> str:
+        """What the first rank to fail left, or how it ended if it could leave nothing."""
+        if rank is not None and self._error_of(rank).exists():
+            return self._error_of(rank).read_text()
+        how = signal.Signals(exit_code - 128).name if exit_code > 128 else f"exit code {exit_code}"
+        return (
+            f"rank {rank} ended by {how} and could leave no message\n"
+            f"  fix: continue with the same command and --run-dir {self.path}; after SIGKILL look for lack of memory"
+        )
+
+    def _error_of(self, rank: int) -> Path:
         return self.path / "errors" / f"rank-{rank}.txt"
 
 
@@ -55,7 +70,7 @@ def new_run_id() -> str:
     return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
 
 
-def prepare_run_folder(recipe: Recipe, resolved_yaml: str, directory: Path | None, *, resume: bool) -> RunFolder:
+def prepare_run_folder(recipe: Recipe, directory: Path | None, *, resume: bool) -> RunFolder:
     """Make a new run folder, or take up an existing one with the recipe as it is now.
 
     Raises:
@@ -75,7 +90,7 @@ def prepare_run_folder(recipe: Recipe, resolved_yaml: str, directory: Path | Non
     else:
         folder.path.mkdir(parents=True, exist_ok=True)
         write_atomically(folder.path / "run.json", json.dumps({"run_id": run_id, "recipe": recipe.name}) + "\n")
-    write_atomically(folder.recipe, resolved_yaml)
+    write_atomically(folder.recipe, recipe.dump_yaml())
     for stale in (folder.path / "errors").glob("rank-*.txt"):
         stale.unlink()
     return folder

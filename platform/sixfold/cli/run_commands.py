@@ -1,0 +1,124 @@
+"""``sixfold run``, ``sample``, ``evaluate`` and ``export``: what trains and uses a model on this machine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A recipe file, or a name from `sixfold recipes`.")
+]
+OverridesArgument = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as train.steps=100.")
+]
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run folder or a run id.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the application."""
+    app.command("run")(run)
+    app.command("sample")(sample)
+    app.command("evaluate")(evaluate)
+    app.command("export")(export)
+
+
+def run(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    nproc: Annotated[int, typer.Option(min=1, help="Ranks to start on this machine.")] = 1,
+    run_dir: Annotated[Path | None, typer.Option(help="Run folder; a new one under runs/ by default.")] = None,
+    resume: Annotated[
+        str, typer.Option(help="auto continues a run that --run-dir holds; never refuses to.", metavar="auto|never")
+    ] = "auto",
+    max_restarts: Annotated[int, typer.Option(min=0, help="Fresh starts after a rank was killed.")] = 0,
+    dry_run: Annotated[bool, typer.Option(help="Rehearse on a fake process group of --world-size ranks.")] = False,
+    world_size: Annotated[int, typer.Option(min=1, help="Ranks of the rehearsal.")] = 512,
+) -> None:
+    """Train a recipe on this machine.
+
+    Example: sixfold run flow/dit-smoke train.steps=200 --nproc 2
+    """
+    from sixfold.errors import UserError
+    from sixfold.recipe.load import load_recipe
+
+    if resume not in ("auto", "never"):
+        raise UserError.of(f"--resume is {resume!r}", allowed="auto, never")
+    loaded = load_recipe(recipe, overrides or [])
+    if dry_run:
+        from sixfold.train.rehearsal import rehearse_recipe
+
+        rehearse_recipe(loaded.recipe, world_size)
+        return
+
+    from sixfold.recipe.checks import check_recipe
+    from sixfold.train.run_folder import prepare_run_folder
+    from sixfold_launchers.local import launch
+
+    check_recipe(loaded.recipe, nproc, provenance=loaded.provenance)
+    folder = prepare_run_folder(loaded.recipe, run_dir, resume=resume == "auto")
+    typer.echo(f"{loaded.recipe.name}: run {folder.run_id} in {folder.path}")
+    outcome = launch(folder.path, ranks=nproc, max_restarts=max_restarts)
+    if outcome.exit_code:
+        typer.echo(folder.failure(outcome.rank, outcome.exit_code), err=True)
+    raise typer.Exit(outcome.exit_code)
+
+
+def sample(
+    run: RunArgument,
+    n: Annotated[int, typer.Option("--n", min=1, help="How many samples.")] = 16,
+    seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
+    steps: Annotated[int | None, typer.Option(min=1, help="Solver steps, or new tokens.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write to; by default samples/ in the run folder.")] = None,
+    label: Annotated[int | None, typer.Option(min=0, help="Class to draw; by default all in turn.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Text that samples continue.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Draw samples from a run's newest checkpoint, on its averaged weights where there are any.
+
+    Example: sixfold sample runs/smoke/dit --n 40 --steps 50 --out pictures
+    """
+    from sixfold.tracking.runs import find_run
+    from sixfold.train.inference import sample_run
+
+    written = sample_run(find_run(run), count=n, seed=seed, steps=steps, out=out, label=label, prompt=prompt)
+    if as_json:
+        typer.echo(json.dumps({"files": [str(path) for path in written.files], "step": written.step}))
+        return
+    for line in written.preview:
+        typer.echo(line)
+    typer.echo(f"{n} samples of step {written.step} in {written.folder}")
+
+
+def evaluate(run: RunArgument, as_json: JsonOption = False) -> None:
+    """Measure a run's newest checkpoint as its recipe's evaluation section says.
+
+    Example: sixfold evaluate runs/smoke/dit --json
+    """
+    from sixfold.tracking.runs import find_run
+    from sixfold.train.inference import evaluate_run
+
+    values = evaluate_run(find_run(run))
+    if as_json:
+        typer.echo(json.dumps(values))
+        return
+    for name, value in values.items():
+        typer.echo(f"{name:32} {value:.6g}")
+
+
+def export(
+    run: RunArgument,
+    out: Annotated[Path, typer.Option(help="File to write; must not exist.")],
+    averaged: Annotated[bool, typer.Option(help="The averaged weights, where the run keeps them.")] = True,
+) -> None:
+    """Write a run's newest weights as one safetensors file.
+
+    Example: sixfold export runs/smoke/dit --out dit.safetensors
+    """
+    from sixfold.tracking.runs import find_run
+    from sixfold.train.inference import export_run
+
+    typer.echo(f"wrote {export_run(find_run(run), out=out, averaged=averaged)}")

@@ -1,0 +1,98 @@
+"""From a recipe to the parts of its training: objective, engines, checkpointer, stream."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import JsonValue
+
+from sixfold.checkpoint.checkpointer import Checkpointer
+from sixfold.checkpoint.ranks import new_group
+from sixfold.distributed.process_group import World
+from sixfold.engine.build import build_engine
+from sixfold.engine.contract import Engine
+from sixfold.objectives.contract import Objective, Progress
+from sixfold.recipe.recipe import Recipe
+from sixfold.train.loop import Training
+from sixfold_data.stream import TrainStream, describe
+
+
+def assemble(recipe: Recipe, world: World, *, samples: int = 0, quarantine: Path | None = None) -> Training:
+    """Build everything that trains, fresh, with the stream placed after ``samples`` samples."""
+    objective: Objective = recipe.objective.load()(recipe.objective, recipe.networks)
+    trainable = [role for role, part in objective.roles.items() if part.kind == "trainable"]
+    local_batch = recipe.data.global_batch // world.size
+    return Training(
+        objective=objective,
+        engines={role: _engine(recipe, objective, role, world) for role in trainable},
+        frozen={},
+        stream=open_stream(recipe, world, samples=samples, quarantine=quarantine),
+        progress=progress_at(recipe, samples),
+        device=world.device,
+        seed=recipe.seed,
+        global_batch=recipe.data.global_batch,
+        micro_batch={role: recipe.engine_of(role).micro_batch or local_batch for role in trainable},
+        max_consecutive_skips=recipe.train.max_consecutive_skips,
+    )
+
+
+def progress_at(recipe: Recipe, samples: int) -> Progress:
+    """The progress of a run that has consumed ``samples`` samples."""
+    return Progress(samples=samples, step=samples // recipe.data.global_batch, total_steps=recipe.train.steps)
+
+
+def open_stream(recipe: Recipe, world: World, *, samples: int, quarantine: Path | None) -> TrainStream:
+    """Open the training stream after ``samples`` samples; nothing is replayed."""
+    return TrainStream(
+        recipe.data,
+        seed=recipe.seed,
+        rank=world.rank,
+        world_size=world.size,
+        start_samples=samples,
+        quarantine_path=quarantine,
+    )
+
+
+def open_checkpointer(recipe: Recipe, world: World, directory: Path) -> Checkpointer:
+    """Open the run's checkpoints for saving and restoring."""
+    return Checkpointer(
+        directory,
+        recipe.checkpoint,
+        group=new_group(recipe.checkpoint),
+        rank=world.rank,
+        world_size=world.size,
+        recipe_hash=recipe.recipe_hash,
+        fingerprint=describe(recipe.data).fingerprint,
+        settings=identity_of(recipe),
+    )
+
+
+def identity_of(recipe: Recipe) -> dict[str, JsonValue]:
+    """The settings a checkpoint is bound to: those that shape its tensors, its randomness or its order of samples.
+
+    Engines, learning rates, lengths and intervals may change when a run is resumed.
+    """
+    settings: dict[str, JsonValue] = {
+        "seed": recipe.seed,
+        "data.global_batch": recipe.data.global_batch,
+        "data.lanes": recipe.data.lane_count,
+        "data.sequence_length": recipe.data.sequence_length,
+        "objective": recipe.objective.model_dump(mode="json"),
+        "optimizer.type": recipe.optimizer.type,
+        "train.ema_decay": recipe.train.ema_decay,
+    }
+    return settings | {f"networks.{name}": part.model_dump(mode="json") for name, part in recipe.networks.items()}
+
+
+def _engine(recipe: Recipe, objective: Objective, role: str, world: World) -> Engine:
+    return build_engine(
+        recipe.engine_of(role),
+        recipe.optimizer_of(role),
+        recipe.schedule_of(role),
+        network_config=recipe.networks[objective.roles[role].network],
+        role=role,
+        seed=recipe.seed,
+        total_steps=recipe.train.steps,
+        ema_decay=recipe.train.ema_decay,
+        world=world,
+    )

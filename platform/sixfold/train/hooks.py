@@ -1,0 +1,140 @@
+"""What happens between steps: logging, evaluation with samples, checkpoints.
+
+Every rank calls every hook at every step, in the order evaluate, log, checkpoint: what a step produced is in the event
+log before the checkpoint that makes the step final.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from sixfold.checkpoint.checkpointer import Checkpointer
+from sixfold.objectives.contract import Progress
+from sixfold.train.display import Display
+from sixfold.train.evaluator import Evaluator
+from sixfold.train.loop import StepRecord, Training
+from sixfold.tracking.events import EventLog
+
+
+def due(step: int, every: int | None, total: int) -> bool:
+    """Whether something done every ``every`` steps, and always after the last, is due after ``step``."""
+    return step == total or (every is not None and step % every == 0)
+
+
+@dataclass(kw_only=True)
+class Log:
+    """Writes metrics to the event log and the display; the means are over the steps since the last line.
+
+    ``events`` is None on all ranks but the first.
+    """
+
+    events: EventLog | None
+    display: Display
+    every_steps: int
+    tokens_per_sample: int | None
+    training_flops_per_sample: float
+    peak_flops_per_second: float
+    skips: int = 0
+    checkpoints: int = 0
+    _seconds: float = 0.0
+    _steps: int = 0
+    _pending: dict[str, float] = field(default_factory=dict)
+
+    def add(self, values: Mapping[str, float]) -> None:
+        """Add another hook's metrics to the next line."""
+        self._pending |= values
+
+    def write(self, progress: Progress, values: Mapping[str, float]) -> None:
+        """Write a line of metrics now."""
+        if self.events is not None:
+            self.events.metrics(step=progress.step, samples=progress.samples, values=values)
+
+    def __call__(self, training: Training, record: StepRecord) -> None:
+        """Count the step and write a line when it is due."""
+        step = record.progress.step
+        self._seconds += record.seconds
+        self._steps += 1
+        if record.skipped:
+            self.skips += 1
+            if self.events is not None:
+                self.events.skipped(step=step, reason="non-finite loss or gradient")
+        if due(step, self.every_steps, record.progress.total_steps) or record.stop_requested:
+            performance = self._performance(training)
+            values = self._training_metrics(record) | performance | self._pending
+            self._seconds, self._steps, self._pending = 0.0, 0, {}
+            self.write(record.progress, values)
+            self.display.update(step=step, values=values, skips=self.skips, checkpoints=self.checkpoints)
+
+    def _training_metrics(self, record: StepRecord) -> dict[str, float]:
+        values = {f"train/{name}": value for name, value in record.metrics.items()}
+        for phase, report in record.reports.items():
+            prefix = "train/" if phase == "main" else f"train/{phase}/"
+            values[f"{prefix}grad_norm"] = report.grad_norm
+            values[f"{prefix}learning_rate"] = report.learning_rate
+        values["train/skipped_steps"] = float(self.skips)
+        return values
+
+    def _performance(self, training: Training) -> dict[str, float]:
+        samples_per_s = self._steps * training.global_batch / self._seconds
+        values = {
+            "perf/samples_per_s": samples_per_s,
+            "perf/step_s": self._seconds / self._steps,
+            # An unknown device has no peak: 0 says so, a guess would not.
+            "perf/mfu": samples_per_s * self.training_flops_per_sample / self.peak_flops_per_second
+            if self.peak_flops_per_second
+            else 0.0,
+            "data/wait_s": training.stream.wait_s,
+            "data/corrupt_samples": float(training.stream.corrupt_count),
+        }
+        if self.tokens_per_sample is not None:
+            values["perf/tokens_per_s"] = samples_per_s * self.tokens_per_sample
+        return values
+
+
+@dataclass(kw_only=True)
+class Evaluate:
+    """Measures held-out quality and draws samples on the averaged weights, then hands the figures to the log."""
+
+    evaluator: Evaluator
+    log: Log
+
+    def __call__(self, training: Training, record: StepRecord) -> None:
+        """Evaluate when due."""
+        if due(record.progress.step, self.evaluator.every_steps, record.progress.total_steps):
+            values = self.evaluator.measure(training.objective, training.engines, step=record.progress.step)
+            self.log.write(record.progress, values)
+
+
+@dataclass(kw_only=True)
+class Checkpoint:
+    """Saves when due and on request, and reports what was committed since."""
+
+    checkpointer: Checkpointer
+    log: Log
+    every_steps: int
+
+    def __call__(self, training: Training, record: StepRecord) -> None:
+        """Save when due; publish checkpoints that were committed meanwhile."""
+        progress = record.progress
+        if due(progress.step, self.every_steps, progress.total_steps) or record.stop_requested:
+            states = {role: engine.checkpoint_state() for role, engine in training.engines.items()}
+            report = self.checkpointer.save(progress.step, states, saved_extra(training))
+            self.log.add({"ckpt/stall_s": report.stall_s})
+        self.publish()
+
+    def publish(self) -> None:
+        """Log every checkpoint committed since the last call; raise what the background writer met."""
+        for committed in self.checkpointer.poll():
+            self.log.checkpoints += 1
+            if self.log.events is not None:
+                self.log.events.checkpoint(step=committed.step, uri=committed.uri)
+
+
+def saved_extra(training: Training) -> dict[str, Any]:
+    """What a checkpoint holds besides tensors: progress and the data state, as JSON."""
+    return {
+        "progress": {"samples": training.progress.samples, "step": training.progress.step},
+        "data": training.stream.state(),
+    }
