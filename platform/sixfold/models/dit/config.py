@@ -48,7 +48,7 @@ class DiTConfig(Component):
     def _check(self) -> DiTConfig:
         if self.image_size % self.patch_size:
             raise ValueError(
-                f"image_size must be divisible by patch_size, got {self.image_size} and {self.patch_size}; change patch_size"
+                f"image_size must be divisible by patch_size, got {self.image_size} and {self.patch_size}; change one"
             )
         if self.width % self.heads:
             raise ValueError(f"width must be divisible by heads, got {self.width} and {self.heads}; change heads")

@@ -32,14 +32,14 @@ class ExpertsConfig(Config):
     bias_update_rate: float = Field(
         default=0.0,
         ge=0,
-        description="Step of the expert bias that evens out loads without an auxiliary loss (arXiv 2408.15664); 0 is off.",
+        description="Step of the expert bias that evens out loads without a loss (arXiv 2408.15664); 0 is off.",
     )
 
     @model_validator(mode="after")
     def _check(self) -> ExpertsConfig:
         if self.top_k > self.count:
             raise ValueError(
-                f"top_k must not exceed the number of experts ({self.count}), got {self.top_k}; lower top_k or raise count"
+                f"top_k must not exceed the experts' count ({self.count}), got {self.top_k}; lower top_k or raise count"
             )
         if self.hidden_width is not None and self.hidden_width % _ALIGNMENT:
             raise ValueError(
@@ -110,7 +110,8 @@ class MoETransformerConfig(Component):
             )
         if self.features_per_head % 2:
             raise ValueError(
-                f"heads must be of even width for the rotary embedding, got {self.features_per_head}; change width, heads or head_width"
+                f"heads must be of even width for the rotary embedding, got {self.features_per_head}; "
+                "change width, heads or head_width"
             )
         if self.heads % self.key_value_heads:
             raise ValueError(
