@@ -62,11 +62,11 @@ class Rejects:
         self.faults.append(Fault(what=reason, where=str(file)))
         if len(self.faults) > self.budget:
             raise DataError(
-                *self.faults,
                 Fault(
                     what=f"{len(self.faults)} files could not be read, which is more than the budget of {self.budget}",
-                    fix="mend or remove them, or allow more with --corrupt-budget",
+                    fix="mend or remove the files below, or allow more with --corrupt-budget",
                 ),
+                *self.faults,
             )
 
 

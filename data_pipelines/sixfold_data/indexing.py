@@ -156,7 +156,7 @@ class _Scan:
         """
         self.faults.extend(self._traits.faults)
         if self.faults:
-            raise DataError(*_shortened(self.faults))
+            raise DataError(*self.faults)
         kind = self._traits.kind(self._store.url)
         sizes, channels = self._traits.sizes, self._traits.channels
         splits = {}
@@ -212,12 +212,6 @@ def _read_member(raw: BinaryIO, sample: TarSample, extension: str) -> bytes:
     place = sample.members[extension]
     raw.seek(place.offset)
     return raw.read(place.length)
-
-
-def _shortened(faults: Sequence[Fault]) -> list[Fault]:
-    """Keep an error on one screen."""
-    more = len(faults) - FAULTS_NAMED
-    return [*faults[:FAULTS_NAMED], *([Fault(what=f"and {more} faults more")] if more > 0 else [])]
 
 
 def _former_manifest(store: Store) -> dict[str, Any]:

@@ -1,0 +1,307 @@
+"""``sixfold data``: build, index, inspect and verify data sets, and build the demo data."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sixfold.cli.data_views import format_bytes
+
+if TYPE_CHECKING:
+    from sixfold.errors import Fault
+    from sixfold_data.build import BuildOptions, BuildReport
+
+MIB = 2**20
+REMARKS_SHOWN = 20
+
+SourceArgument = Annotated[str, typer.Argument(help="Folder or URL of the data set.", show_default=False)]
+OutOption = Annotated[
+    Path, typer.Option("--out", help="Folder to make; must not exist or be empty.", show_default=False)
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+ValFractionOption = Annotated[
+    float, typer.Option(min=0.0, max=0.99, help="Share held out as split val; 0 makes no val split.")
+]
+ShardSizeOption = Annotated[int, typer.Option(min=1, help="Size of a shard in MiB.")]
+
+
+class BuildKind(StrEnum):
+    """What a build makes samples of."""
+
+    TEXT = "text"
+    IMAGES = "images"
+    IMAGE_TEXT = "image-text"
+
+
+class TokenizerName(StrEnum):
+    """Tokenizers a text can be built with."""
+
+    BYTES = "bytes"
+    CHARACTERS = "characters"
+
+
+class DemoName(StrEnum):
+    """Demo data sets."""
+
+    DIGITS = "digits"
+    STDLIB = "stdlib"
+
+
+def register(app: typer.Typer) -> None:
+    """Add ``data`` and its commands to the app."""
+    data = typer.Typer(
+        help="Build, index, inspect and verify data sets.",
+        epilog="Start with: sixfold data build images PHOTOS --out data/photos",
+        no_args_is_help=True,
+    )
+    data.command(epilog="Example: sixfold data build text book.txt --out data/book --tokenizer characters")(build)
+    data.command(
+        epilog="Example: sixfold data index data/foreign --split 'train=part-0*.tar' --split 'val=part-1*.tar'"
+    )(index)
+    data.command(epilog="Example: sixfold data inspect data/digits --out grid.png")(inspect)
+    data.command(epilog="Example: sixfold data verify data/digits --json")(verify)
+    data.command(epilog="Example: sixfold data demo digits --out data/digits")(demo)
+    app.add_typer(data, name="data")
+
+
+def build(
+    kind: Annotated[BuildKind, typer.Argument(help="What the samples are.", show_default=False)],
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="INPUT",
+            help="Text file or folder; image folder (class sub-folders become labels); images with .txt captions.",
+            show_default=False,
+        ),
+    ],
+    *,
+    out: OutOption,
+    val_fraction: ValFractionOption = 0.1,
+    shard_size: ShardSizeOption = 256,
+    tokenizer: Annotated[TokenizerName, typer.Option(help="For text.")] = TokenizerName.BYTES,
+    image_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Crop images to the central square of this many pixels.", show_default="keep"),
+    ] = None,
+    corrupt_budget: Annotated[int, typer.Option(min=0, help="Unreadable files passed over before giving up.")] = 10,
+    as_json: JsonOption = False,
+) -> None:
+    """Turn your own files into shards with train and val splits and an index."""
+    from sixfold_data.build import BuildOptions
+
+    with progress("files") as told:
+        options = BuildOptions(
+            out=out,
+            val_fraction=val_fraction,
+            shard_bytes=shard_size * MIB,
+            corrupt_budget=corrupt_budget,
+            progress=told,
+        )
+        report = _build(kind, source, options, tokenizer.value, image_size)
+    _print_build(report, as_json)
+
+
+def _build(kind: BuildKind, source: Path, options: BuildOptions, tokenizer: str, image_size: int | None) -> BuildReport:
+    if kind is BuildKind.TEXT:
+        from sixfold_data.build_text import build_text
+
+        return build_text(source, options, tokenizer)
+    from sixfold_data.build_images import build_image_text, build_images
+
+    return (build_images if kind is BuildKind.IMAGES else build_image_text)(source, options, image_size)
+
+
+def demo(
+    name: Annotated[DemoName, typer.Argument(help="Which data.", show_default=False)],
+    *,
+    out: OutOption,
+    max_bytes: Annotated[int, typer.Option(min=1, help="Most bytes of source text (stdlib).")] = 4_000_000,
+    as_json: JsonOption = False,
+) -> None:
+    """Build real data that comes with the dependencies: scikit-learn's digits, or Python's own sources."""
+    from sixfold_data.build import BuildOptions
+    from sixfold_data.demo import build_digits, build_stdlib
+
+    with progress("samples") as told:
+        options = BuildOptions(out=out, progress=told)
+        report = build_digits(options) if name is DemoName.DIGITS else build_stdlib(options, max_bytes)
+    _print_build(report, as_json)
+
+
+def index(
+    source: SourceArgument,
+    *,
+    split: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Which shards are a split, as NAME=PATTERN; may be repeated.", show_default="by folder or file name"
+        ),
+    ] = None,
+    classes: Annotated[
+        Path | None, typer.Option(help="File with one class name a line, in label order.", show_default="numbers")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Index WebDataset tars that were made elsewhere; the tars stay as they are, the index is written beside them."""
+    from sixfold_data.indexing import index_shards
+    from sixfold_data.store import open_store
+
+    with progress("shards") as told:
+        report = index_shards(open_store(source), splits=_patterns(split), classes=_class_names(classes), progress=told)
+    if as_json:
+        _print_json(report)
+        return
+    for name, samples in report.samples.items():
+        typer.echo(f"{name}: {samples} samples in {report.shards[name]} shards")
+    typer.echo(f"{report.kind}, {len(report.classes)} classes, fingerprint {report.fingerprint[:16]}")
+    if report.replaced_fingerprint not in (None, report.fingerprint):
+        typer.echo(
+            f"the former index had fingerprint {str(report.replaced_fingerprint)[:16]}; its runs cannot resume here"
+        )
+    _print_faults("remarks", report.remarks)
+
+
+def inspect(
+    source: SourceArgument,
+    *,
+    split: Annotated[str, typer.Option(help="Split to show samples of.")] = "train",
+    count: Annotated[int, typer.Option(min=1, help="How many pictures.")] = 32,
+    columns: Annotated[int, typer.Option(min=1, help="Pictures in a row.")] = 8,
+    characters: Annotated[int, typer.Option(min=1, help="How much text.")] = 600,
+    out: Annotated[Path | None, typer.Option("--out", help="Write the picture grid to this PNG file.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a data set holds: counts, sizes, labels, and pictures or text."""
+    from sixfold.cli.data_views import print_pictures, print_summary
+    from sixfold.errors import DataError
+    from sixfold_data.index import read_manifest
+    from sixfold_data.inspect import draw_grid, read_pictures, read_text, summarise
+    from sixfold_data.store import open_store
+
+    store = open_store(source)
+    manifest = read_manifest(store)
+    summary = summarise(store, manifest)
+    if manifest.kind == "text" and out is not None:
+        raise DataError.of("a text data set has no pictures to write", where="--out", fix="leave --out away")
+    if as_json:
+        _print_json(summary)
+    else:
+        print_summary(summary)
+    if manifest.kind == "text":
+        if not as_json:
+            key, text = read_text(store, manifest, split, characters)
+            typer.echo(f"\n{split}, {key}:\n{text}")
+        return
+    pictures = read_pictures(store, manifest, split, count)
+    if not as_json:
+        print_pictures(pictures, columns)
+    if out is not None:
+        draw_grid(pictures, columns).save(out, "PNG")
+        if not as_json:
+            typer.echo(f"wrote {len(pictures)} pictures to {out}")
+
+
+def verify(source: SourceArgument, as_json: JsonOption = False) -> None:
+    """Check every byte of a data set against its index; exit code 2 and a list where it is damaged."""
+    from sixfold.errors import DataError
+    from sixfold_data.store import open_store
+    from sixfold_data.verify import verify as check
+
+    with progress("bytes") as told:
+        report = check(open_store(source), told)
+    if as_json:
+        _print_json(report)
+    elif not report.faults:
+        typer.echo(f"whole: {report.samples} samples in {report.shards} shards, {format_bytes(report.bytes)}")
+    if report.faults and as_json:
+        raise typer.Exit(DataError.exit_code)
+    if report.faults:
+        raise DataError(*report.faults)
+
+
+@contextmanager
+def progress(unit: str) -> Iterator[Callable[[int, int], None]]:
+    """Yield a function of (done, in all) that draws a bar on a terminal and else prints a line at every tenth."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _LinewiseProgress(unit)
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
+    ) as bar:
+        task = bar.add_task(unit, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+class _LinewiseProgress:
+    def __init__(self, unit: str) -> None:
+        self._unit = unit
+        self._tenths = 0
+
+    def __call__(self, done: int, total: int) -> None:
+        tenths = 10 * done // max(total, 1)
+        if tenths > self._tenths:
+            self._tenths = tenths
+            typer.echo(f"{self._unit}: {done} of {total}", err=True)
+
+
+def _patterns(splits: list[str] | None) -> dict[str, str] | None:
+    from sixfold.errors import DataError
+
+    if not splits:
+        return None
+    pairs = [item.partition("=") for item in splits]
+    for name, equals, pattern in pairs:
+        if not (name and equals and pattern):
+            raise DataError.of(
+                f"{name + equals + pattern!r} is no NAME=PATTERN", where="--split", allowed="val=part-1*.tar"
+            )
+    return {name: pattern for name, _, pattern in pairs}
+
+
+def _class_names(file: Path | None) -> tuple[str, ...]:
+    from sixfold.errors import DataError
+
+    if file is None:
+        return ()
+    try:
+        return tuple(line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
+    except (OSError, ValueError) as error:
+        raise DataError.of(f"the class names cannot be read: {error}", where=str(file)) from error
+
+
+def _print_build(report: BuildReport, as_json: bool) -> None:
+    if as_json:
+        _print_json(report)
+        return
+    for split, samples in report.samples.items():
+        tokens = f", {report.tokens[split]} tokens" if split in report.tokens else ""
+        typer.echo(f"{split}: {samples} samples{tokens}, {format_bytes(report.bytes[split])}")
+    classes = f", {len(report.classes)} classes" if report.classes else ""
+    typer.echo(f"built {report.kind}{classes} in {report.out}, fingerprint {report.fingerprint[:16]}")
+    _print_faults("files that could not be read", report.unreadable)
+
+
+def _print_faults(heading: str, faults: Any) -> None:
+    shown: list[Fault] = list(faults[:REMARKS_SHOWN])
+    if shown:
+        typer.echo(f"{len(faults)} {heading}:", err=True)
+    for fault in shown:
+        typer.echo(f"  {fault.where}: {fault.what}", err=True)
+    if len(faults) > len(shown):
+        typer.echo(f"  and {len(faults) - len(shown)} more (--json lists all)", err=True)
+
+
+def _print_json(report: Any) -> None:
+    typer.echo(json.dumps(dataclasses.asdict(report), indent=2))
