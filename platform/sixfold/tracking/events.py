@@ -82,11 +82,11 @@ class EventLog:
         self._progress = (step, samples)
 
     def image(self, *, key: str, step: int, path: Path) -> None:
-        """Record a PNG file that lies in the run folder (``path`` absolute, or relative to it)."""
+        """Record a PNG file that lies in the run folder."""
         self._append({"event": "image", "step": step, "key": key, "path": self._relative(path)})
 
     def text(self, *, key: str, step: int, path: Path) -> None:
-        """Record a UTF-8 text file that lies in the run folder (``path`` absolute, or relative to it)."""
+        """Record a UTF-8 text file that lies in the run folder."""
         self._append({"event": "text", "step": step, "key": key, "path": self._relative(path)})
 
     def checkpoint(self, *, step: int, uri: str) -> None:
@@ -118,8 +118,6 @@ class EventLog:
 
     def _relative(self, path: Path) -> str:
         """Name a file by its place in the run folder, so that the folder can be moved."""
-        if not path.is_absolute():
-            return path.as_posix()
         folder = self.run_dir.resolve()
         assert path.resolve().is_relative_to(folder), f"{path} does not lie in the run folder {folder}"
         return path.resolve().relative_to(folder).as_posix()

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from sixfold.errors import EnvironmentFault
 from sixfold.tracking.events import Event
 from sixfold.tracking.names import NameMap, image_key, metric_name, parameter_value, redact, tag_value
 from sixfold.tracking.settings import Cursor, MirrorSettings, sqlite_path
@@ -31,7 +32,7 @@ PARAMETERS_A_BATCH = 100
 STATUSES = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
 MIRROR_TAG = "sixfold.mirror"
 
-_QUIET = {
+QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
@@ -47,7 +48,7 @@ _MODEL_NAME_FORBIDDEN = re.compile(r"[/:.%\"']+")
 
 def quieten() -> None:
     """Tell MLflow, before it is imported, not to report its use, draw progress bars or wait for minutes."""
-    for name, value in _QUIET.items():
+    for name, value in QUIET.items():
         os.environ.setdefault(name, value)
 
 
@@ -67,13 +68,23 @@ class TrackedRun:
 
 
 def newest_runs(uri: str, limit: int) -> list[TrackedRun]:
-    """Return a store's newest runs, newest first."""
-    quieten()
-    from mlflow import MlflowClient
+    """Return a store's newest runs, newest first.
 
-    client = MlflowClient(tracking_uri=uri)
-    experiments = {experiment.experiment_id: experiment.name for experiment in client.search_experiments()}
-    runs = client.search_runs(list(experiments), max_results=limit, order_by=["attributes.start_time DESC"])
+    Raises:
+        EnvironmentFault: MLflow is not installed, or the store cannot be used.
+    """
+    quieten()
+    try:
+        from mlflow import MlflowClient
+        from mlflow.exceptions import MlflowException
+    except ImportError as error:
+        raise EnvironmentFault.of("MLflow is not installed", fix="pip install 'sixfold[mlflow]'") from error
+    try:
+        client = MlflowClient(tracking_uri=uri)
+        experiments = {experiment.experiment_id: experiment.name for experiment in client.search_experiments()}
+        runs = client.search_runs(list(experiments), max_results=limit, order_by=["attributes.start_time DESC"])
+    except MlflowException as error:
+        raise EnvironmentFault.of(f"the MLflow store cannot be used: {error}", where=redact(uri)) from error
     return [
         TrackedRun(
             experiment=experiments[run.info.experiment_id],

@@ -49,7 +49,7 @@ def open_tracker(
     tags: Mapping[str, str],
     recipe_path: Path | None,
 ) -> Tracker:
-    """Start following ``log`` as the recipe's ``tracking`` says, on rank 0 only; returns at once and never raises later.
+    """Start following ``log`` as the recipe's ``tracking`` says, on rank 0 only; return at once and never raise later.
 
     Args:
         config: the recipe's tracking section.
