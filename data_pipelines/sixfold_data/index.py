@@ -207,6 +207,10 @@ class SplitIndex:
         """Return the shard number of each sample number."""
         return np.searchsorted(self.shard_start, samples, side="right") - 1
 
+    def shard_path(self, sample: int) -> str:
+        """Return the path of the shard that holds a sample."""
+        return self.shards[int(np.searchsorted(self.shard_start, sample, side="right")) - 1].path
+
     def key(self, sample: int) -> str:
         """Return the key of a sample in its tar."""
         return bytes(self._key_bytes[self._key_start[sample] : self._key_start[sample + 1]]).decode()
@@ -242,7 +246,7 @@ def _open_column(store: Store, path: str, entry: ColumnEntry) -> np.ndarray:
     file = store.local_path(path)
     try:
         # An empty file cannot be mapped.
-        column: np.ndarray = np.load(file, mmap_mode="r" if np.prod(entry.shape) else None, allow_pickle=False)
+        column = np.asarray(np.load(file, mmap_mode="r" if np.prod(entry.shape) else None, allow_pickle=False))
     except (ValueError, EOFError, OSError) as error:
         raise DataError.of(f"a column of the index cannot be read: {error}", where=where, fix=fix) from error
     if column.shape != entry.shape or column.dtype.str != entry.dtype:

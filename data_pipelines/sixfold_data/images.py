@@ -1,0 +1,117 @@
+"""Images, with labels or captions, as samples that can be read by number."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sixfold.errors import DataError
+from sixfold_data.config import DataConfig
+from sixfold_data.decode import IMAGE_EXTENSIONS, UndecodableError, decode_image, to_unit_range
+from sixfold_data.index import Manifest
+from sixfold_data.members import MemberReader, Row, Unreadable, epoch_order
+from sixfold_data.order import EpochOrder, Places
+from sixfold_data.tokenizers import make_tokenizer
+
+
+class ImageSource:
+    """Images: fields ``image`` in [-1, 1], ``label`` where the data set has classes, ``caption`` where it has texts."""
+
+    def __init__(
+        self, config: DataConfig, manifest: Manifest, members: MemberReader, *, seed: int | None, lanes: int
+    ) -> None:
+        self.manifest = manifest
+        self.remote = members.remote
+        self.order: EpochOrder = epoch_order(config, members.index, seed=seed, lanes=lanes)
+        self._members = members
+        self._resize = config.image_size
+        height, width, channels = self._shape = stored_image_shape(config, manifest, members.store.url)
+        self._caption_length = config.caption_length
+        self._tokenizer = None if manifest.tokenizer is None else make_tokenizer(manifest.tokenizer)
+        samples = len(members.index)
+        fits = self._tokenizer is None and samples * height * width * channels <= config.keep_decoded_bytes
+        self._kept: dict[int, Row] | None = {} if fits else None
+
+    def rows(self, places: Places) -> list[Row | Unreadable]:
+        """Read and decode some samples."""
+        if self._kept is None:
+            return self._decoded(places.sample)
+        numbers = places.sample.tolist()
+        missing = [slot for slot, number in enumerate(numbers) if number not in self._kept]
+        rows: list[Row | Unreadable] = [self._kept.get(number, ()) for number in numbers]
+        for slot, row in zip(missing, self._decoded(places.sample[missing]), strict=True):
+            rows[slot] = row
+            if not isinstance(row, Unreadable):
+                self._kept[numbers[slot]] = row
+        return rows
+
+    def fields(self, rows: Sequence[Row], places: Places) -> dict[str, Tensor]:
+        """Return decoded samples as the fields of a batch."""
+        pixels = np.empty((len(rows), *self._shape), dtype=np.uint8)
+        for slot, row in enumerate(rows):
+            pixels[slot] = row[0]
+        fields = {"image": to_unit_range(pixels)}
+        if self.manifest.classes and self._members.index.label is not None:
+            fields["label"] = torch.from_numpy(self._members.index.label[places.sample].astype(np.int64))
+        if self._tokenizer is not None:
+            captions = [row[1] for row in rows] or [np.empty((0, self._caption_length), dtype=np.int64)]
+            fields["caption"] = torch.from_numpy(np.concatenate([np.atleast_2d(caption) for caption in captions]))
+        return fields
+
+    def prefetch(self, places: Places) -> None:
+        """Begin to bring the shards of some samples near."""
+        self._members.prefetch(places.sample)
+
+    def _decoded(self, samples: np.ndarray) -> list[Row | Unreadable]:
+        images = self._members.read(IMAGE_EXTENSIONS, samples)
+        if self._tokenizer is None:
+            return [self._decode_one(sample, image) for sample, image in zip(samples.tolist(), images, strict=True)]
+        texts = self._members.read(("txt",), samples)
+        return [
+            self._decode_one(sample, image, text)
+            for sample, image, text in zip(samples.tolist(), images, texts, strict=True)
+        ]
+
+    def _decode_one(
+        self, sample: int, image: bytes | Unreadable, text: bytes | Unreadable | None = None
+    ) -> Row | Unreadable:
+        if isinstance(image, Unreadable):
+            return image
+        if isinstance(text, Unreadable):
+            return text
+        try:
+            pixels = decode_image(image, channels=self._shape[2], size=self._resize)
+            caption = () if text is None else (self._caption(text),)
+        except (UndecodableError, UnicodeDecodeError) as error:
+            return self._members.unreadable(sample, str(error))
+        if pixels.shape != self._shape:
+            found, expected = ("x".join(map(str, shape)) for shape in (pixels.shape, self._shape))
+            return self._members.unreadable(sample, f"the image is {found}, not {expected}")
+        return (pixels, *caption)
+
+    def _caption(self, text: bytes) -> np.ndarray:
+        """Return a caption's tokens, cut to leave room for one end of text and padded with it."""
+        assert self._tokenizer is not None
+        tokens = np.full(self._caption_length, self._tokenizer.end_of_text, dtype=np.int64)
+        encoded = self._tokenizer.encode(text.decode("utf-8").strip())[: self._caption_length - 1]
+        tokens[: len(encoded)] = encoded
+        return tokens
+
+
+def stored_image_shape(config: DataConfig, manifest: Manifest, where: str) -> tuple[int, int, int]:
+    """Return height, width and channels of every decoded image.
+
+    Raises:
+        DataError: images differ in size or channels and the settings do not make them equal.
+    """
+    size = (config.image_size, config.image_size) if config.image_size is not None else manifest.image_size
+    if size is None:
+        raise DataError.of(
+            "the images differ in size and cannot be stacked into batches",
+            where=where,
+            fix="set data.image_size, to resize and crop them when they are read",
+        )
+    return (*size, manifest.channels or 3)

@@ -1,0 +1,154 @@
+"""The training stream: this rank's part of each global batch, prefetched by position.
+
+A stock ``DataLoader`` fetches item s of a map-style data set: the rank's slots of the global batch that begins after s
+consumed samples. Workers therefore need no state, and resuming is asking for another first item.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from sixfold.errors import DataError
+from sixfold.objectives.contract import Batch
+from sixfold_data.batches import Fetched, GlobalBatches
+from sixfold_data.config import DataConfig
+from sixfold_data.describe import combined_fingerprint
+from sixfold_data.order import ORDER_VERSION
+from sixfold_data.quarantine import Quarantine
+
+DataState = dict[str, int | str]
+"""What a checkpoint keeps of the stream, beside the samples consumed; equal on all ranks."""
+
+
+class TrainStream:
+    """Iterator of this rank's part of each global batch, from any position on.
+
+    Args:
+        config: the ``data`` section.
+        seed: the recipe's seed.
+        rank, world_size: this rank's share; ranks must divide lanes.
+        start_samples: samples consumed so far, a multiple of the lanes.
+        quarantine_path: file that lists unreadable samples, or None.
+
+    Attributes:
+        corrupt_count: distinct unreadable samples that this rank has met.
+
+    Raises:
+        DataError: the data set is malformed or has changed, or unreadable samples exceed their budget.
+        RecipeError: the ranks cannot share the lanes evenly.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        *,
+        seed: int,
+        rank: int,
+        world_size: int,
+        start_samples: int,
+        quarantine_path: Path | None,
+    ) -> None:
+        config.check_world_size(world_size)
+        if start_samples % config.lane_count:
+            raise DataError.of(
+                f"{start_samples} consumed samples are not a whole number for each of {config.lane_count} lanes",
+                where="data.lanes",
+                fix="resume with the lanes that the run was started with",
+            )
+        self._config = config
+        self._seed = seed
+        self._batches = GlobalBatches(config, seed=seed, rank=rank, world_size=world_size)
+        sources = self._batches.sources  # opened here, so that faults of the data show before anything starts
+        self._fingerprint = combined_fingerprint([source.manifest for source in sources])
+        samples = sum(len(source.order) for source in sources)
+        self._quarantine = Quarantine(config.corrupt, samples=samples, log=quarantine_path)
+        self._waited_s = 0.0
+        self._loader = _make_loader(self._batches, config, start_samples)
+        self._items: Iterator[Fetched] = iter(self._loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        started_s = time.perf_counter()
+        fetched = next(self._items)
+        self._waited_s += time.perf_counter() - started_s
+        if fetched.error is not None:
+            raise fetched.error
+        for damage in fetched.damages:
+            self._quarantine.add(damage)
+        return Batch(fetched.fields, fetched.positions)
+
+    @property
+    def wait_s(self) -> float:
+        """Seconds spent waiting for data since this was last asked."""
+        waited_s, self._waited_s = self._waited_s, 0.0
+        return waited_s
+
+    @property
+    def corrupt_count(self) -> int:
+        """Distinct unreadable samples that this rank has met."""
+        return self._quarantine.count
+
+    def state(self) -> DataState:
+        """Return what fixes the order, for the checkpoint; together with the samples consumed it is the whole state."""
+        config = self._config
+        return {
+            "fingerprint": self._fingerprint,
+            "seed": self._seed,
+            "order_version": ORDER_VERSION,
+            "split": config.splits.train,
+            "lanes": config.lane_count,
+            "mixture": ":".join(map(str, config.mixture_parts)),
+            "shuffle_block_shards": config.shuffle_block_shards,
+            "shuffle_window_sequences": config.shuffle_window_sequences,
+            "sequence_length": config.sequence_length or 0,
+        }
+
+    def check_state(self, saved: Mapping[str, int | str]) -> None:
+        """Raise DataError unless a checkpoint's state fixes the same order as this stream's."""
+        differing = [name for name, value in self.state().items() if saved.get(name) != value]
+        if differing:
+            raise DataError.of(
+                "the data are not those of the checkpoint: "
+                + "; ".join(f"{name} was {saved.get(name)}, is {self.state()[name]}" for name in differing),
+                where=", ".join(self._config.paths),
+                fix="resume with the same seed, data set and order, or start a new run",
+            )
+
+    def close(self) -> None:
+        """Stop the loader's processes."""
+        self._items = iter(())
+        del self._loader
+
+
+def _make_loader(batches: GlobalBatches, config: DataConfig, start_samples: int) -> DataLoader[Fetched]:
+    workers = default_workers() if config.workers is None else config.workers
+    return DataLoader(
+        batches,
+        batch_size=None,
+        sampler=itertools.count(start_samples, config.global_batch),
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        pin_memory=torch.cuda.is_available(),
+        prefetch_factor=config.prefetch if workers else None,
+        # Forking a process that runs threads (gloo, trackers, stores) may inherit a lock that nobody releases.
+        multiprocessing_context="forkserver" if workers else None,
+    )
+
+
+def default_workers() -> int:
+    """Return 0 on fewer than 8 cores, else 4: decoding in the training process is cheaper than sharing few cores."""
+    return 4 if len(os.sched_getaffinity(0)) >= 8 else 0
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
