@@ -69,7 +69,8 @@ class Block(nn.Module):
         attention_shift, attention_scale, attention_gate, mlp_shift, mlp_scale, mlp_gate = parts
         x = x + attention_gate * self.attention(modulated_norm(x, attention_shift, attention_scale))
         hidden = gelu(self.up(modulated_norm(x, mlp_shift, mlp_scale)), approximate="tanh")
-        return x + mlp_gate * self.down(hidden)
+        mixed: Tensor = x + mlp_gate * self.down(hidden)
+        return mixed
 
 
 class FinalLayer(nn.Module):
@@ -125,7 +126,7 @@ class DiT(Network):
         return iter(self.layers)
 
     def forward_flops(self, batch_fields: dict[str, tuple[int, ...]]) -> float:
-        """2 FLOPs a multiply-add: the token-wise maps, attention's two products, and the condition's maps once an image."""
+        """2 FLOPs a multiply-add: maps of tokens, attention's two products, and maps of the condition once an image."""
         config, width = self.config, self.config.width
         patch_features = config.channels * config.patch_size**2
         token_maps = config.depth * (4 * width * width + 2 * width * config.hidden_width) + 2 * patch_features * width

@@ -33,7 +33,7 @@ class SwiGLU(nn.Module):
 
 
 class Experts(nn.Module):
-    """SwiGLU experts over rows sorted by expert; weights ``[experts, 2 hidden, width]``, ``[experts, width, hidden]``."""
+    """SwiGLU experts over rows sorted by expert, with stacked weights ``[experts, out, in]``."""
 
     def __init__(self, count: int, width: int, hidden: int, *, tag: ParameterTag, output_tag: ParameterTag) -> None:
         super().__init__()

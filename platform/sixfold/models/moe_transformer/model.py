@@ -113,8 +113,8 @@ class MoETransformer(Network):
 
         Returns:
             Logits ``[n, length, vocabulary]`` or what ``readout`` returned; and the routing, empty when dense:
-            counts ``tokens_per_expert`` ``[mixture layers, experts]``, and ``balance_loss`` and ``z_loss`` ``[n]``, sums over
-            the sequence's tokens and over layers (divide by the global token count).
+            counts ``tokens_per_expert`` ``[mixture layers, experts]``, and ``balance_loss`` and ``z_loss`` ``[n]``,
+            summed over the sequence's tokens and over layers (divide by the global token count).
         """
         context = self._context(tokens, documents, cache)
         x = self.embedding(tokens)
