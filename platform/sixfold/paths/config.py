@@ -10,8 +10,8 @@ from pydantic import Field, model_validator
 from sixfold.config.base import Component, Config
 
 Prediction = Literal["velocity", "noise", "data", "v", "edm"]
-"""What a denoiser may be trained to predict: the path's velocity dx/dt, the noise e, the clean data x0, Salimans and Ho's
-v = alpha e - sigma x0, or EDM's preconditioned F (Karras et al., 2206.00364, table 1)."""
+"""What a denoiser may be trained to predict: the path's velocity dx/dt, the noise e, the clean data x0, v =
+alpha e - sigma x0 (Salimans and Ho, 2202.00512), or EDM's preconditioned F (Karras et al., 2206.00364, table 1)."""
 
 
 class RectifiedFlowConfig(Component):
@@ -94,7 +94,7 @@ class _TimeConfig(Config):
         1.0,
         gt=0,
         le=100,
-        description="Factor on the noise-to-signal ratio; sqrt(tokens / tokens of the base resolution), about 3 at 1024 px.",
+        description="Factor on the noise-to-signal ratio: sqrt(tokens / base tokens), about 3 at 1024 px.",
     )
 
 

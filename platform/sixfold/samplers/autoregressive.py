@@ -18,7 +18,7 @@ from sixfold.samplers.contract import SampleRequest
 
 
 class AutoregressiveSampler:
-    """Continues prompts by ``max_new_tokens`` tokens: temperature, then the k likeliest, then the likeliest up to mass p.
+    """Continues prompts: temperature, then the ``top_k`` likeliest tokens, then the likeliest up to mass ``top_p``.
 
     A sample's tokens depend on (seed, sample number, step) and its prompt alone, not on the batch it is drawn in.
     """
@@ -36,7 +36,8 @@ class AutoregressiveSampler:
     def __call__(self, nets: Networks, request: SampleRequest) -> Mapping[str, Tensor]:
         """Return ``tokens`` ``[n, prompt + new]``, prompts included.
 
-        Without ``prompt`` ``[n, length]`` in the conditions, a sample begins with the vocabulary's last token, the end of text.
+        Without ``prompt`` ``[n, length]`` in the conditions, a sample begins with the vocabulary's last token, which
+        ends a text.
         """
         network, numbers = nets["lm"], request.numbers
         new_tokens = self.config.max_new_tokens if request.steps is None else request.steps
@@ -70,8 +71,8 @@ def kept_probabilities(
 ) -> tuple[Float[Tensor, "n kept"], Int64[Tensor, "n kept"]]:
     """Return tokens from the likeliest on, with their probabilities, zero where dropped; these need not sum to one.
 
-    Nucleus sampling (Holtzman et al., arXiv 1904.09751) keeps the smallest set of likeliest tokens whose mass reaches ``top_p``,
-    measured after temperature and ``top_k``.
+    Nucleus sampling (Holtzman et al., arXiv 1904.09751) keeps the smallest set of likeliest tokens whose mass reaches
+    ``top_p``, measured after temperature and ``top_k``.
     """
     kept = logits.shape[-1] if top_k is None else min(top_k, logits.shape[-1])
     values, ranked = (logits.double() / temperature).topk(kept, dim=-1)

@@ -16,7 +16,7 @@ class NoGuidanceConfig(Config):
 
 
 class CFGConfig(Config):
-    """Classifier-free guidance, u + scale (c - u) (Ho and Salimans, 2207.12598), optionally within an interval (2404.07724)."""
+    """Classifier-free guidance, u + scale (c - u) (2207.12598), optionally within an interval (2404.07724)."""
 
     type: Literal["cfg"] = Field(
         "cfg", description="Classifier-free guidance; needs a network trained with label_drop."

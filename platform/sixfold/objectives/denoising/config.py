@@ -35,7 +35,7 @@ class DenoisingConfig(Component):
         0.0,
         ge=0,
         lt=1,
-        description="Probability with which each condition is replaced by its null value, so that guidance can be used.",
+        description="Probability of replacing each condition by its null value, so that guidance can be used.",
     )
 
     @property

@@ -1,0 +1,116 @@
+"""Denoising: diffusion and flow matching as one regression, of a prediction on a path at random times."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sixfold.distributed.randomness import PositionRandom
+from sixfold.errors import DataError
+from sixfold.objectives.contract import Batch, LossTerms, Networks, Phase, Progress, Role, Sum
+from sixfold.objectives.denoising.config import DenoisingConfig
+from sixfold.objectives.stratification import stratified_quantiles
+from sixfold.paths.affine import AffinePath
+from sixfold.paths.predictions import Endpoints, express, network_input
+from sixfold.paths.times import time_at_quantile
+from sixfold.paths.weightings import loss_weight
+
+
+class DenoiserConfig(Protocol):
+    """What a denoiser's settings tell: which batch fields condition it, and each one's value for "absent"."""
+
+    @property
+    def null_values(self) -> Mapping[str, int]:
+        """The null value of each condition, by the name of its batch field."""
+        ...
+
+
+class _Draw(NamedTuple):
+    """What is random in one evaluation of the loss."""
+
+    quantile: Float[Tensor, " n"]
+    noise: Float[Tensor, "n ..."]
+    condition: Mapping[str, Tensor]
+
+
+class Denoising:
+    """|prediction - target|^2, a mean over dimensions and a sum over samples, with weights by noise level.
+
+    The network is called as ``network(x [n, ...], time [n], condition)`` and returns a prediction shaped like ``x``.
+    """
+
+    def __init__(self, config: DenoisingConfig, networks_config: Mapping[str, DenoiserConfig]) -> None:
+        self.config = config
+        self.roles: Mapping[str, Role] = {"denoiser": Role(kind="trainable", network=config.network)}
+        self.path: AffinePath = config.path.load()(config.path)
+        self.null_values = networks_config[config.network].null_values
+
+    def phases(self, progress: Progress) -> Sequence[Phase]:
+        """One phase: the denoiser trains at every step."""
+        return (Phase(name="main", trains="denoiser"),)
+
+    def __call__(self, nets: Networks, batch: Batch, phase: Phase, random: PositionRandom) -> LossTerms:
+        """Return the weighted squared error at random times, with each condition dropped at random."""
+        conditions = self._conditions(batch)
+        for name, null in self.null_values.items():
+            dropped = random.uniform(f"denoising/drop/{name}") < self.config.label_drop
+            conditions[name] = conditions[name].masked_fill(dropped, null)
+        draw = _Draw(
+            random.uniform("denoising/time"), random.normal("denoising/noise", batch["image"].shape[1:]), conditions
+        )
+        loss = self._loss(nets, batch["image"], draw)
+        return LossTerms(loss.sum(), _count(loss), metrics=_loss_by_quarter(loss.detach(), draw.quantile))
+
+    @torch.no_grad()
+    def evaluate(self, nets: Networks, batch: Batch, random: PositionRandom) -> Mapping[str, Sum]:
+        """Return the same loss at times stratified over positions, with noise of its own and no condition dropped."""
+        draw = _Draw(
+            stratified_quantiles(batch.positions),
+            random.normal("denoising/evaluation_noise", batch["image"].shape[1:]),
+            self._conditions(batch),
+        )
+        loss = self._loss(nets, batch["image"], draw)
+        return {"loss": Sum(loss.sum(), _count(loss)), **_loss_by_quarter(loss, draw.quantile)}
+
+    def after_step(self, nets: Networks, statistics: Mapping[str, Tensor], progress: Progress) -> None:
+        """Nothing is learnt but by gradient."""
+
+    def _loss(self, nets: Networks, data: Float[Tensor, "n ..."], draw: _Draw) -> Float[Tensor, " n"]:
+        """Return the weighted squared error of each sample, a mean over its dimensions, in fp32."""
+        kind, data_std = self.config.prediction, self.config.data_std
+        time = time_at_quantile(self.config.time, self.path, draw.quantile)
+        at = self.path.coefficients(time)
+        wide = at.broadcast(data)
+        seen, seen_time = network_input(wide.alpha * data + wide.sigma * draw.noise, time, at, kind, data_std)
+        predicted: Tensor = nets["denoiser"](seen, seen_time, draw.condition).float()
+        error = predicted - express(Endpoints(data, draw.noise), kind, at, data_std)
+        weight: Tensor = loss_weight(self.config.weighting, kind, at, data_std)
+        return weight * error.square().flatten(1).mean(1)
+
+    def _conditions(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the batch fields that the network is conditioned on."""
+        missing = [name for name in self.null_values if name not in batch.fields]
+        if missing:
+            raise DataError.of(
+                f"network {self.config.network!r} is conditioned on {', '.join(missing)}, which the data lack",
+                where=f"networks.{self.config.network}",
+                allowed=f"the data have {', '.join(batch.fields)}",
+                fix="use data with these fields, or make the network unconditional (for a DiT: classes=0)",
+            )
+        return {name: batch[name] for name in self.null_values}
+
+
+def _count(loss: Float[Tensor, " n"]) -> Tensor:
+    return torch.tensor(float(len(loss)), device=loss.device)
+
+
+def _loss_by_quarter(loss: Float[Tensor, " n"], quantile: Float[Tensor, " n"]) -> dict[str, Sum]:
+    """Return the loss in each quarter of the time distribution, from the very draws that are trained on."""
+    quarter = (quantile * 4).long().clamp(max=3)
+    member = torch.nn.functional.one_hot(quarter, 4).to(loss.dtype)
+    totals, counts = loss @ member, member.sum(0)
+    return {f"loss_quarter_{index + 1}": Sum(totals[index], counts[index]) for index in range(4)}
