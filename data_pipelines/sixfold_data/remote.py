@@ -24,8 +24,8 @@ import fsspec
 
 from sixfold.errors import DataError, EnvironmentFault, SixfoldError
 from sixfold_data.cache import ShardCache, touch
-from sixfold_data.retries import RetryPolicy, ShortReadError, describe
-from sixfold_data.store import DescriptorPool, Pin, absent, changed, describe_pin
+from sixfold_data.retries import RetryPolicy, ShortReadError, describe, http_statuses
+from sixfold_data.store import DescriptorPool, MissingObjectError, Pin, absent, changed, describe_pin
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +35,7 @@ FETCH_AT_ONCE_BYTES = 4 * 2**20  # below this one request for the whole costs no
 FETCH_PART_BYTES = 16 * 2**20
 FALLBACK_QUOTA_BYTES = 8 * 2**30
 TOUCH_INTERVAL_S = 30.0
+_NO_SUCH_METHOD = frozenset({405, 501})
 FETCH_AGAIN_AFTER_S = 60.0
 
 
@@ -130,9 +131,11 @@ class RemoteStore:
 
         try:
             self._request(path, put)
-        except NotImplementedError as error:
+        except (NotImplementedError, EnvironmentFault) as error:
+            if isinstance(error, EnvironmentFault) and not _NO_SUCH_METHOD.intersection(http_statuses(error)):
+                raise
             raise DataError.of(
-                "this kind of store can only be read", where=self.url, fix="build into a local folder and copy it there"
+                "this kind of store can only be read", where=self.url, fix="write into a local folder and copy it there"
             ) from error
 
     def etag(self, path: str) -> str | None:  # noqa: D102
@@ -142,7 +145,11 @@ class RemoteStore:
         return self._look_up(path).size
 
     def exists(self, path: str) -> bool:  # noqa: D102
-        return bool(self._request(path, lambda files: files.exists(self._where(path))))
+        try:  # not by fsspec's own exists(): over HTTP it takes a failing server for an absent object
+            self._look_up(path)
+        except MissingObjectError:
+            return False
+        return True
 
     def list(self, prefix: str = "") -> list[str]:  # noqa: D102
         folder = self.url if "/" not in prefix else f"{self.url}/{prefix.rpartition('/')[0]}"
@@ -246,7 +253,7 @@ class RemoteStore:
             self._files.local[path] = _LocalCopy(file, time.monotonic())
             return True
         if version.size <= FETCH_AT_ONCE_BYTES or not self._files.serves_ranges:
-            return self._fetch(path, version, self._cache) is not None
+            return self._fetch(path, version, self._cache, wait=not self._files.serves_ranges) is not None
         failed_at = self._files.fetch_failed_at.get(path)
         if version.size <= self._cache.quota_bytes and (
             failed_at is None or time.monotonic() - failed_at > FETCH_AGAIN_AFTER_S
@@ -270,7 +277,7 @@ class RemoteStore:
         data = self._request(path, get)
         if len(data) == length:
             return data
-        if self._cache is not None and self._fetch(path, version, self._cache) is not None:
+        if self._cache is not None and self._fetch(path, version, self._cache, wait=True) is not None:
             return self._read_local(path, offset, length) or b""
         raise EnvironmentFault.of(
             "the server ignores range requests, and the shard is not cached on this node",

@@ -70,11 +70,15 @@ def is_transient(error: BaseException) -> bool:
     The status of a response decides when there is one, because libraries wrap a 503 in errors as unlike as
     ``FileNotFoundError`` (fsspec's HTTP) and ``OSError`` (s3fs).
     """
-    chain = list(_chain(error))
-    statuses = [status for status in map(_status, chain) if status is not None]
+    statuses = http_statuses(error)
     if statuses:
-        return any(status in _TRANSIENT_STATUS for status in statuses)
-    return any(_is_connection_failure(link) for link in chain)
+        return not _TRANSIENT_STATUS.isdisjoint(statuses)
+    return any(_is_connection_failure(link) for link in _chain(error))
+
+
+def http_statuses(error: BaseException) -> list[int]:
+    """Return the HTTP statuses that an error and what caused it carry."""
+    return [status for status in map(_status, _chain(error)) if status is not None]
 
 
 def describe(error: BaseException) -> str:
