@@ -1,0 +1,38 @@
+"""Where a solver's times lie, from noise to data."""
+
+from __future__ import annotations
+
+from typing import assert_never
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from sixfold.paths.affine import AffinePath
+from sixfold.paths.config import Prediction
+from sixfold.samplers.config import EDMGridConfig, GridConfig, UniformGridConfig
+
+_LARGEST_RATIO_OF_NOISE_PREDICTION = 150.0
+"""Where sampling by predicted noise starts, as a noise-to-signal ratio (VP's own at t=1): pure noise tells nothing of
+the data."""
+
+
+def solver_times(config: GridConfig, path: AffinePath, prediction: Prediction, steps: int) -> Float64[Tensor, " steps"]:
+    """Return the falling times at which each step starts; the last one ends at clean data."""
+    start = torch.tensor(path.time_noise, dtype=torch.float64)
+    if prediction == "noise":
+        limit = torch.tensor(_LARGEST_RATIO_OF_NOISE_PREDICTION, dtype=torch.float64)
+        start = path.time_at(torch.ones_like(limit), limit)
+    match config:
+        case UniformGridConfig():
+            end = torch.tensor(path.time_data, dtype=torch.float64)
+            # a path that ends in clean data is never evaluated there; one that ends in a little noise is
+            last = steps if path.coefficients(end).sigma == 0.0 else max(steps - 1, 1)
+            fraction = torch.arange(steps, dtype=torch.float64) / last
+            return path.shift(start + (end - start) * fraction, config.shift).clamp(max=start.item())
+        case EDMGridConfig():
+            fraction = torch.arange(steps, dtype=torch.float64) / max(steps - 1, 1)
+            large, small = config.sigma_max ** (1 / config.rho), config.sigma_min ** (1 / config.rho)
+            ratio = (large + (small - large) * fraction) ** config.rho
+            return path.time_at(torch.ones_like(ratio), ratio).clamp(max=start.item())
+    assert_never(config)
