@@ -87,8 +87,8 @@ class Checkpointer:
         self._rejected: set[str] = set()
         self._saves = 0
         self._thread: threading.Thread | None = None
+        self._outcome: CommittedCheckpoint | Exception | None = None  # the thread's only word to the training thread
         self._committed: list[CommittedCheckpoint] = []
-        self._failure: Exception | None = None
         self._token = self._open()
 
     def save(self, step: int, states: Mapping[str, Mapping[str, Tensor]], extra: Mapping[str, JsonValue]) -> SaveReport:
@@ -124,14 +124,12 @@ class Checkpointer:
 
         def write() -> None:
             try:
-                self._committed.append(transaction.run(writer, plan, staged))
+                self._outcome = transaction.run(writer, plan, staged)
             except Exception as error:  # raised again in the training thread, by the next call
-                self._done_steps.discard(step)
-                self._failure = error
+                self._outcome = error
 
         # A daemon: a rank that dies while others wait for it must not keep their interpreters from ending.
         self._thread = threading.Thread(target=write, name=f"checkpoint-{step}", daemon=True)
-        self._done_steps.add(step)
         self._thread.start()
         if not self._config.asynchronous:
             self.wait()
@@ -145,7 +143,6 @@ class Checkpointer:
         """
         if self._thread is not None and not self._thread.is_alive():
             self.wait()
-        self._raise_failure()
         committed, self._committed = self._committed, []
         return committed
 
@@ -155,10 +152,16 @@ class Checkpointer:
         Raises:
             EnvironmentFault: it could not be written.
         """
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        self._raise_failure()
+        if self._thread is None:
+            return
+        self._thread.join()
+        self._thread = None
+        outcome, self._outcome = self._outcome, None
+        if isinstance(outcome, Exception):
+            raise outcome
+        assert outcome is not None, "the thread ended without an outcome"
+        self._done_steps.add(outcome.step)
+        self._committed.append(outcome)
 
     def newest_verified(self, log: Log) -> Candidate | None:
         """Return the newest checkpoint that verifies, agreed by all ranks (a collective).
@@ -228,11 +231,6 @@ class Checkpointer:
         except OSError as error:
             return [f"rank {self._ranks.rank} does not see what rank 0 writes ({error})"]
         return []
-
-    def _raise_failure(self) -> None:
-        failure, self._failure = self._failure, None
-        if failure is not None:
-            raise failure
 
 
 def _snapshot(extra: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
