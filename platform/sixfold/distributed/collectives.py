@@ -32,7 +32,7 @@ def sum_over_ranks(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return dict(values)
     message = torch.cat([value.detach().reshape(-1).double() for value in values.values()])
     dist.all_reduce(message)
-    parts = message.split([math.prod(value.shape) for value in values.values()])
+    parts = torch.split(message, [math.prod(value.shape) for value in values.values()])
     return {
         name: part.reshape(value.shape).to(value.dtype)
         for (name, value), part in zip(values.items(), parts, strict=True)

@@ -15,6 +15,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore  # not re-exported where type checkers look
 
 from sixfold.errors import EnvironmentFault
 
@@ -72,8 +73,7 @@ def ensure_group(world: World) -> None:
     """Make a process group of size 1 for an engine that cannot do without one."""
     if not dist.is_initialized():
         assert world.size == 1, "several ranks join their group before they build engines"
-        store = dist.HashStore()
-        dist.init_process_group(_backend(world.device.type), store=store, rank=0, world_size=1)
+        dist.init_process_group(_backend(world.device.type), store=HashStore(), rank=0, world_size=1)
         atexit.register(leave)
 
 

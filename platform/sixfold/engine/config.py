@@ -159,9 +159,7 @@ OptimizerConfig = Annotated[AdamWConfig | MuonConfig, Field(discriminator="type"
 class _WarmUp(Config):
     """A linear warm-up that every schedule starts with."""
 
-    warmup_steps: int = Field(
-        default=0, ge=0, description="Steps over which the rate rises linearly from 0 to its peak."
-    )
+    warmup_steps: int = Field(default=0, ge=0, description="Steps over which the rate rises linearly to its peak.")
 
 
 class ConstantScheduleConfig(_WarmUp):
@@ -174,9 +172,7 @@ class CosineConfig(_WarmUp):
     """Half a cosine from the peak to ``final_fraction`` of it (Loshchilov and Hutter, 2017)."""
 
     type: Literal["cosine"] = Field(default="cosine", description="Cosine decay after warm-up.")
-    final_fraction: float = Field(
-        default=0.0, ge=0.0, le=1.0, description="Rate at the last step as a share of the peak."
-    )
+    final_fraction: float = Field(default=0.0, ge=0.0, le=1.0, description="Rate at the end as a share of the peak.")
 
 
 class WSDConfig(_WarmUp):
@@ -184,9 +180,7 @@ class WSDConfig(_WarmUp):
 
     type: Literal["wsd"] = Field(default="wsd", description="Warm-up, stable, decay.")
     decay_fraction: float = Field(default=0.2, ge=0.0, le=1.0, description="Share of all steps that the decay takes.")
-    final_fraction: float = Field(
-        default=0.0, ge=0.0, le=1.0, description="Rate at the last step as a share of the peak."
-    )
+    final_fraction: float = Field(default=0.0, ge=0.0, le=1.0, description="Rate at the end as a share of the peak.")
     decay: Literal["linear", "sqrt"] = Field(
         default="linear", description="Shape of the decay: linear, or 1 - sqrt(progress) (Haegele et al., 2024)."
     )

@@ -1,0 +1,66 @@
+"""What backward recomputes instead of keeping: nothing, whole blocks, all but costly products, or by budget.
+
+A block's ``forward`` is replaced on the instance: parameter names stay as they are, and hooks that gather sharded
+parameters run around the recomputation.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from sixfold.engine.config import EngineConfig
+from sixfold.models.network import Network
+
+_aten = torch.ops.aten
+COSTLY_OPERATIONS = frozenset(
+    operation
+    for name in (
+        "mm.default",
+        "addmm.default",
+        "bmm.default",
+        "baddbmm.default",
+        "_grouped_mm.default",  # the experts' products, which torch's own list of costly operations lacks
+        "_scaled_dot_product_flash_attention.default",
+        "_scaled_dot_product_flash_attention_for_cpu.default",
+        "_scaled_dot_product_efficient_attention.default",
+        "_scaled_dot_product_cudnn_attention.default",
+        "_scaled_dot_product_fused_attention_overrideable.default",
+    )
+    if (operation := getattr(getattr(_aten, name.split(".")[0], None), name.split(".")[1], None)) is not None
+)
+"""Operations whose results selective checkpointing keeps: recomputing them costs more than their memory is worth."""
+
+
+def apply_activation_checkpointing(network: Network, config: EngineConfig) -> None:
+    """Checkpoint every block as ``config.activation_checkpointing`` says.
+
+    ``budget`` only hands the share to the compiler's partitioner, which acts on graphs compiled after this call; the
+    setting is one a process, so the last role built with a budget decides it for all.
+    """
+    match config.activation_checkpointing:
+        case "none":
+            return
+        case "budget":
+            assert config.activation_memory_budget is not None  # validated with the config
+            # The partitioner reads its budget from this module-wide setting; there is no argument for it.
+            import torch._functorch.config as functorch_config
+
+            functorch_config.activation_memory_budget = config.activation_memory_budget
+        case "full":
+            _replace_forwards(network)
+        case "selective":
+            _replace_forwards(network, context_fn=partial(create_selective_checkpoint_contexts, _keep_costly))
+
+
+def _replace_forwards(network: Network, **options: Any) -> None:
+    for block in network.blocks():
+        # Draws are keyed by sample positions, never by generator state, so there is none to preserve.
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, **options)
+
+
+def _keep_costly(_context: Any, operation: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operation in COSTLY_OPERATIONS else CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,0 +1,327 @@
+"""DeepSpeed ZeRO: optimizer state (1), gradients (2), parameters (3) partitioned over ranks, optionally on the CPU.
+
+DeepSpeed averages gradients over ranks and can divide them by a loss scale at the update. Backward therefore runs at
+scale 1 and the update at scale count / ranks, which makes the gradient the sum over all ranks divided by the global
+count; its own clipping, limit / (norm + 1e-6), is the other engines' expression. Masters and slots are read and written
+as fragments of named parameters, so that checkpoints are the same as every other engine's.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from sixfold.distributed.collectives import any_rank
+from sixfold.distributed.mesh import host_mesh
+from sixfold.distributed.process_group import World, ensure_group
+from sixfold.engine.averaging import average_decay
+from sixfold.engine.base import RoleSpecification, network_on_meta, persistent_buffers
+from sixfold.engine.config import AdamWConfig, DeepSpeedConfig
+from sixfold.engine.contract import State, StepReport
+from sixfold.engine.optimizers import allocate_adamw_state, torch_adamw
+from sixfold.engine.precision import compute_dtype
+from sixfold.engine.schedules import learning_rate_factor
+from sixfold.engine.zero_fragments import fragments
+from sixfold.errors import EnvironmentFault, RecipeError
+from sixfold.models.network import initial_value, reset_buffers
+
+SLOTS = ("exp_avg", "exp_avg_sq")
+_PARAMETER_SHARDING_STAGE = 3
+
+
+class DeepSpeedEngine:
+    """One role under ZeRO."""
+
+    def __init__(self, specification: RoleSpecification) -> None:
+        config, optimizer = specification.engine, specification.optimizer
+        assert isinstance(config, DeepSpeedConfig)
+        if not isinstance(optimizer, AdamWConfig):
+            raise RecipeError.of(
+                "Muon needs whole matrices, which DeepSpeed's flat partitions do not keep",
+                where="optimizer.type",
+                allowed="adamw under engine type deepspeed",
+                fix="set engine.type=fsdp to shard with Muon, or optimizer.type=adamw",
+            )
+        ensure_group(specification.world)
+        deepspeed = _import_deepspeed(specification.world)
+        network, tags = network_on_meta(specification)
+        settings = runtime_settings(config, specification.world)
+        _materialize(deepspeed, network, settings, specification)
+        parameters = dict(network.named_parameters())
+        adamw = torch_adamw(optimizer, optimizer.lr, parameters, tags)
+        runtime, zero, *_ = deepspeed.initialize(
+            model=network, optimizer=adamw, config=settings, dist_init_required=False
+        )
+        self.specification = specification
+        self.network: nn.Module = network
+        self.module: nn.Module = runtime
+        self.updates = 0
+        self._runtime: Any = runtime
+        self._zero: Any = zero
+        self._adam_states = _allocate_states(zero)
+        self._fragments = fragments(zero, parameters)
+        for name, part in self._fragments.items():
+            whole = initial_value(tags[name], part.shape, seed=specification.seed, role=specification.role, name=name)
+            with torch.no_grad():
+                part.write(part.cut(whole))
+        _restore_buffers(network, specification.world.device)
+        self._publish_masters()
+        averages = specification.ema_decay is not None
+        self._average = {name: part.read().clone() for name, part in self._fragments.items()} if averages else None
+
+    @contextmanager
+    def accumulate(self, *, last: bool) -> Iterator[None]:
+        """Mark the micro-batch whose backward ends the accumulation."""
+        self._runtime.set_gradient_accumulation_boundary(last)
+        self._zero.override_loss_scale(1.0)
+        yield
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradient of a local sum of losses."""
+        self._runtime.backward(loss, scale_wrt_gas=False)
+
+    def step(self, count: Tensor, *, finite: Tensor) -> StepReport:
+        """Update from the accumulated gradient; see :mod:`sixfold.engine.base` for what a skip means."""
+        specification = self.specification
+        terms = float(count.item())
+        assert terms > 0, "a step needs at least one term over all ranks"
+        factor = learning_rate_factor(specification.schedule, self.updates, specification.total_steps)
+        rate = factor * specification.optimizer.lr
+        if any_rank(not bool(finite.item())):
+            self._discard_gradients()
+            return StepReport(grad_norm=math.nan, learning_rate=rate, skipped=True)
+        for group in self._zero.param_groups:
+            group["lr"] = factor * group["peak_lr"]
+        self._zero.override_loss_scale(terms / specification.world.size)
+        self._runtime.step()
+        if self._zero.overflow:  # the global norm is not finite: all ranks saw it and left everything as it was
+            return StepReport(grad_norm=math.nan, learning_rate=rate, skipped=True)
+        self.updates += 1
+        self._update_average()
+        return StepReport(grad_norm=float(self._zero._global_grad_norm), learning_rate=rate, skipped=False)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Hold the averages in the network for a while; the masters stay as they are."""
+        if self._average is None:
+            yield
+            return
+        self._swap_masters_and_averages()
+        try:
+            yield
+        finally:
+            self._swap_masters_and_averages()
+
+    def checkpoint_state(self) -> State:
+        """Return the state cut evenly over ranks on the CPU, gathered one tensor at a time; a collective."""
+        state: State = {}
+        for name, part in self._fragments.items():
+            state[f"parameters/{name}"] = _cut_for_checkpoint(part.gather(part.read()))
+            for slot in SLOTS:
+                state[f"optimizer/{name}/{slot}"] = _cut_for_checkpoint(part.gather(part.read(slot)))
+            if self._average is not None:
+                state[f"ema/{name}"] = _cut_for_checkpoint(part.gather(self._average[name]))
+        state |= {f"buffers/{name}": value for name, value in persistent_buffers(self.network).items()}
+        return state | {"optimizer_step": torch.tensor(self.updates)}
+
+    def checkpoint_template(self) -> State:
+        """Return empty tensors of :meth:`checkpoint_state`'s shapes and cuts."""
+        names = [f"optimizer/{{}}/{slot}" for slot in SLOTS] + ["parameters/{}"]
+        names += ["ema/{}"] if self._average is not None else []
+        template: State = {
+            pattern.format(name): _cut_for_checkpoint(torch.empty(part.shape))
+            for name, part in self._fragments.items()
+            for pattern in names
+        }
+        template |= {f"buffers/{k}": torch.empty_like(v) for k, v in persistent_buffers(self.network).items()}
+        return template | {"optimizer_step": torch.tensor(0)}
+
+    @torch.no_grad()
+    def load_checkpoint_state(self, state: State) -> None:
+        """Write every rank's fragments from a filled template, gathering one tensor at a time; a collective."""
+        for name, part in self._fragments.items():
+            part.write(part.cut(_whole(state[f"parameters/{name}"])))
+            for slot in SLOTS:
+                part.write(part.cut(_whole(state[f"optimizer/{name}/{slot}"])), slot)
+            if self._average is not None:
+                self._average[name].copy_(part.cut(_whole(state[f"ema/{name}"])))
+        for name, value in persistent_buffers(self.network).items():
+            value.copy_(state[f"buffers/{name}"])
+        self.updates = int(state["optimizer_step"].item())
+        for adam_state in self._adam_states:
+            adam_state["step"].fill_(self.updates)
+        self._publish_masters()
+
+    def full_parameters(self, *, averaged: bool) -> Iterator[tuple[str, Tensor]]:
+        """Yield every full parameter (or its average) and persistent buffer on the CPU; a collective."""
+        for name, part in self._fragments.items():
+            held = self._average[name] if averaged and self._average is not None else part.read()
+            yield name, part.gather(held)
+        for name, value in persistent_buffers(self.network).items():
+            yield name, value.detach().cpu().clone()
+
+    def close(self) -> None:
+        """Drop DeepSpeed's hooks and everything that holds tensors; the engine is unusable afterwards."""
+        self._runtime.destroy()
+        for owned in ("network", "module", "_runtime", "_zero", "_adam_states", "_fragments", "_average"):
+            delattr(self, owned)
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        decay = self.specification.ema_decay
+        if self._average is None or decay is None:
+            return
+        weight = 1.0 - average_decay(decay, self.updates)
+        for name, average in self._average.items():
+            average.lerp_(self._fragments[name].read().to(average.device), weight)
+
+    @torch.no_grad()
+    def _swap_masters_and_averages(self) -> None:
+        assert self._average is not None
+        for name, part in self._fragments.items():
+            held = part.read().clone()
+            part.write(self._average[name])
+            self._average[name].copy_(held)
+        self._publish_masters()
+
+    @torch.no_grad()
+    def _publish_masters(self) -> None:
+        """Copy the masters into the parameters that forward uses, as the end of an update does."""
+        if self._stage < _PARAMETER_SHARDING_STAGE:
+            self._zero.update_lp_params()
+            return
+        for group in range(len(self._zero.fp16_groups)):
+            self._zero._reassign_or_swap_out_partitioned_parameters(group)
+
+    def _discard_gradients(self) -> None:
+        """Forget what backward accumulated, as DeepSpeed does on overflow (it has no call for it)."""
+        zero = self._zero
+        zero.micro_step_id = 0 if self._stage == _PARAMETER_SHARDING_STAGE else -1
+        zero.zero_grad(set_to_none=True)
+        if self.specification.engine.offload_optimizer:  # type: ignore[union-attr]  # checked at construction
+            zero.reset_cpu_buffers()
+        for held in ("averaged_gradients", "all_grad_tensors"):
+            if hasattr(zero, held):
+                setattr(zero, held, {})
+        if hasattr(zero, "_release_preflattened_grad_buffers"):
+            zero._release_preflattened_grad_buffers()
+
+    @property
+    def _stage(self) -> int:
+        config = self.specification.engine
+        assert isinstance(config, DeepSpeedConfig)
+        return config.zero_stage
+
+
+def runtime_settings(config: DeepSpeedConfig, world: World) -> dict[str, Any]:
+    """Return DeepSpeed's own configuration for a recipe's."""
+    on_cuda = world.device.type == "cuda"
+    zero: dict[str, Any] = {
+        "stage": config.zero_stage,
+        "overlap_comm": on_cuda,
+        # Parameters kept whole would have to be published separately; they are few and small.
+        "stage3_param_persistence_threshold": 0,
+    }
+    if config.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_cuda}
+    return {
+        # The loop owns accumulation: it marks boundaries itself.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "train_batch_size": world.size,
+        "gradient_clipping": config.clip_grad_norm or 0.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": zero,
+        "bf16": {"enabled": _stores_bfloat16(config, world)},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "steps_per_print": 2**31,
+    }
+
+
+def _stores_bfloat16(config: DeepSpeedConfig, world: World) -> bool:
+    """Whether working parameters are bf16 beside fp32 masters.
+
+    Stage 1 keeps them fp32 under autocast: DeepSpeed gives bf16 stage 1 to another optimizer, without these fragments.
+    """
+    return config.zero_stage > 1 and compute_dtype(config.precision, world.device) == torch.bfloat16
+
+
+def _import_deepspeed(world: World) -> Any:
+    """Import DeepSpeed for this device, quietly, on our process group."""
+    if world.device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read at import; the wrong guess fails much later
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise EnvironmentFault.of(
+            f"engine type deepspeed needs the package deepspeed: {error}",
+            where="engine.type",
+            allowed="ddp and fsdp work without it",
+            fix="pip install 'sixfold[deepspeed]', or set engine.type=fsdp",
+        ) from error
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # Not ours to mend, and once for every collective.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+_tensor` is deprecated", category=FutureWarning)
+    # An extension for inference that is compiled on first use, and that training never calls.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(
+        dist_backend="nccl" if world.device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False
+    )
+    return deepspeed
+
+
+def _materialize(
+    deepspeed: Any, network: nn.Module, settings: dict[str, Any], specification: RoleSpecification
+) -> None:
+    """Give the meta network memory; in stage 3 module by module, so that no rank ever holds it whole."""
+    config = specification.engine
+    assert isinstance(config, DeepSpeedConfig)
+    device = specification.world.device
+    dtype = torch.bfloat16 if _stores_bfloat16(config, specification.world) else torch.float32
+    for part in reversed(list(network.modules())):  # children first: partitioning a module takes its children along
+        part.to_empty(device=device, recurse=False)
+        if not part._parameters:
+            continue
+        for value in part.parameters(recurse=False):
+            value.data = value.data.to(dtype)
+        if config.zero_stage == _PARAMETER_SHARDING_STAGE:
+            deepspeed.zero.Init(module=part, config_dict_or_path=settings, dtype=dtype)
+
+
+def _allocate_states(zero: Any) -> list[dict[str, Tensor]]:
+    """Make the moments of every flat partition before the first update, and link them to parameters."""
+    flat: list[Tensor] = getattr(zero, "single_partition_of_fp32_groups", None) or zero.fp32_partitioned_groups_flat
+    states = [allocate_adamw_state(zero.optimizer, partition) for partition in flat]
+    link: Callable[[], None] | None = getattr(zero, "_lazy_init_hp_params_optimizer_state", None)
+    if link is not None:
+        link()
+    return states
+
+
+def _restore_buffers(network: nn.Module, device: torch.device) -> None:
+    """Undo DeepSpeed's cast of buffers to bf16, which rounds positions and biases, and set their values."""
+    for part in network.modules():
+        for name, value in part.named_buffers(recurse=False):
+            if value.is_floating_point():
+                part._buffers[name] = torch.empty_like(value, dtype=torch.float32, device=device)
+    reset_buffers(network)
+
+
+def _cut_for_checkpoint(whole: Tensor) -> DTensor:
+    """Keep this rank's rows of a whole tensor."""
+    return distribute_tensor(whole, host_mesh(), [Shard(0)], src_data_rank=None)
+
+
+def _whole(value: Tensor) -> Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value

@@ -1,0 +1,96 @@
+"""FSDP2: parameters, gradients, optimizer state and averages in shards, gathered by block; HSDP on a 2-D mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from sixfold.distributed.mesh import sharding_mesh
+from sixfold.distributed.process_group import ensure_group
+from sixfold.engine.base import RoleSpecification, TorchEngine, network_on_meta
+from sixfold.engine.config import FSDPConfig
+from sixfold.engine.optimizers import build_optimizer
+from sixfold.engine.precision import compute_dtype
+from sixfold.models.network import Network, ParameterTag, initial_value, reset_buffers
+
+
+class FSDPEngine(TorchEngine):
+    """Every block is one unit of gathering, what stands around the blocks another."""
+
+    def __init__(self, specification: RoleSpecification) -> None:
+        config = specification.engine
+        assert isinstance(config, FSDPConfig)
+        ensure_group(specification.world)
+        self._mesh = sharding_mesh(specification.world, replicate=config.replicate)
+        network, tags = network_on_meta(specification)
+        shard(network, self._mesh, config, compute_dtype(config.precision, specification.world.device))
+        network.to_empty(device=specification.world.device)
+        initialize_shards(network, tags, seed=specification.seed, role=specification.role)
+        optimizer = build_optimizer(specification.optimizer, dict(network.named_parameters()), tags)
+        super().__init__(specification, network, network, optimizer)
+
+    @contextmanager
+    def accumulate(self, *, last: bool) -> Iterator[None]:
+        """Reduce-scatter after every micro-batch, to keep only shards; all-reduce replicas after the last."""
+        root = cast(FSDPModule, self.network)
+        root.set_requires_all_reduce(last)
+        root.set_is_last_backward(last)
+        yield
+
+    def _counts_gradients_once(self) -> bool:
+        """Replicas of a shard hold equal gradients: the first replica's count."""
+        return self._mesh.ndim == 1 or self._mesh.get_local_rank("replicate") == 0
+
+    def _forget_gathered_parameters(self) -> None:
+        for part in self.network.modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()
+
+
+def shard(network: Network, mesh: DeviceMesh, config: FSDPConfig, dtype: torch.dtype) -> None:
+    """Apply ``fully_shard`` to every block and then to the whole, with gradients summed in fp32."""
+    gathered = None if dtype == torch.float32 else dtype
+    # Autocast casts inputs; FSDP must not, or fp32 times and positions would be rounded at the door.
+    policy = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    shards = mesh.size(-1)
+
+    def placement(parameter: nn.Parameter) -> Shard | None:
+        return _placement(parameter, shards)
+
+    for block in network.blocks():
+        fully_shard(
+            block,
+            mesh=mesh,
+            mp_policy=policy,
+            reshard_after_forward=config.reshard_after_forward,
+            shard_placement_fn=placement,
+        )
+    fully_shard(network, mesh=mesh, mp_policy=policy, shard_placement_fn=placement)
+    for part in network.modules():
+        if isinstance(part, FSDPModule):
+            part.set_gradient_divide_factor(1.0)
+            part.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
+
+
+def _placement(parameter: nn.Parameter, shards: int) -> Shard | None:
+    """Cut rows; but stacks of expert matrices along their rows where the experts do not divide evenly."""
+    uneven = parameter.ndim == 3 and parameter.shape[0] % shards != 0
+    return Shard(1) if uneven and parameter.shape[1] % shards == 0 else None
+
+
+@torch.no_grad()
+def initialize_shards(network: Network, tags: dict[str, ParameterTag], *, seed: int, role: str) -> None:
+    """Write every rank's shard of the same initial values that an unsharded network has; no communication."""
+    for name, value in network.named_parameters():
+        assert isinstance(value, DTensor)
+        full: Tensor = initial_value(tags[name], value.shape, seed=seed, role=role, name=name)
+        whole = full.to(value.device)
+        value.copy_(distribute_tensor(whole, value.device_mesh, value.placements, src_data_rank=None))
+    reset_buffers(network)

@@ -1,0 +1,240 @@
+"""The update rules: AdamW for everything, or Muon for hidden matrices with AdamW for the rest.
+
+State is made before the first update, so that checkpoints have all their keys from the start, and is named by parameter
+and slot (``exp_avg``, ``exp_avg_sq``, ``momentum_buffer``), the same on every engine.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any, Protocol, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from sixfold.engine.config import AdamWConfig, AdamWSettings, MuonConfig, OptimizerConfig
+from sixfold.models.network import ParameterTag
+
+Slots = dict[str, dict[str, Tensor]]
+"""Optimizer state: parameter name to slot name to tensor."""
+
+NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+"""Quintic that lifts small singular values fastest and leaves all within about [0.7, 1.2] (Jordan et al., 2024)."""
+
+
+class Updater(Protocol):
+    """An optimizer whose state is addressed by parameter name."""
+
+    def step(self, factor: float) -> None:
+        """Update all parameters from their ``grad`` at ``factor`` times their peak rates."""
+        ...
+
+    def slots(self) -> Slots:
+        """Return the live state tensors."""
+        ...
+
+    def set_updates(self, updates: int) -> None:
+        """Tell how many updates were applied, for bias correction."""
+        ...
+
+
+def build_optimizer(
+    config: OptimizerConfig, parameters: Mapping[str, nn.Parameter], tags: Mapping[str, ParameterTag]
+) -> Updater:
+    """Build the optimizer for named parameters (tensors or DTensors) and allocate its state."""
+    if isinstance(config, AdamWConfig):
+        return AdamW(config, config.lr, parameters, tags)
+    matrices = {name: value for name, value in parameters.items() if tags[name].matrix}
+    rest = {name: value for name, value in parameters.items() if not tags[name].matrix}
+    return MuonWithAdamW(Muon(config, matrices, tags), AdamW(config.adamw, config.adamw.lr, rest, tags))
+
+
+def parameter_groups(
+    settings: AdamWSettings, lr: float, parameters: Mapping[str, nn.Parameter], tags: Mapping[str, ParameterTag]
+) -> list[dict[str, Any]]:
+    """Group parameters by their tags' decay and rate scale; ``peak_lr`` of a group is what schedules multiply."""
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = defaultdict(list)
+    for name, value in parameters.items():
+        groups[tags[name].weight_decay, tags[name].lr_scale].append(value)
+    return [
+        {
+            "params": members,
+            "peak_lr": lr * scale,
+            "lr": lr * scale,
+            "weight_decay": settings.weight_decay if decayed else 0.0,
+        }
+        for (decayed, scale), members in groups.items()
+    ]
+
+
+def torch_adamw(
+    settings: AdamWSettings, lr: float, parameters: Mapping[str, nn.Parameter], tags: Mapping[str, ParameterTag]
+) -> torch.optim.AdamW:
+    """Return torch's fused AdamW over the tagged groups, without state."""
+    groups = parameter_groups(settings, lr, parameters, tags)
+    return torch.optim.AdamW(groups, lr=lr, betas=settings.betas, eps=settings.eps, fused=True)
+
+
+def allocate_adamw_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """Make the state that AdamW would make at its first update, and return it."""
+    state = {
+        "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+        "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+        "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+    }
+    optimizer.state[cast(nn.Parameter, parameter)] = state
+    return state
+
+
+class AdamW:
+    """Decoupled weight decay Adam (Loshchilov and Hutter, 2019) over named parameters, fused."""
+
+    def __init__(
+        self,
+        settings: AdamWSettings,
+        lr: float,
+        parameters: Mapping[str, nn.Parameter],
+        tags: Mapping[str, ParameterTag],
+    ) -> None:
+        self._state: dict[str, dict[str, Tensor]] = {}
+        self._optimizer: torch.optim.AdamW | None = None
+        if parameters:
+            self._optimizer = torch_adamw(settings, lr, parameters, tags)
+            self._state = {name: allocate_adamw_state(self._optimizer, value) for name, value in parameters.items()}
+
+    def step(self, factor: float) -> None:
+        """Update all parameters."""
+        if self._optimizer is None:
+            return
+        for group in self._optimizer.param_groups:
+            group["lr"] = factor * group["peak_lr"]
+        self._optimizer.step()
+
+    def slots(self) -> Slots:
+        """Return first and second moments by name."""
+        return {
+            name: {slot: value for slot, value in state.items() if slot != "step"}
+            for name, state in self._state.items()
+        }
+
+    def set_updates(self, updates: int) -> None:
+        """Set the count that bias correction uses."""
+        for state in self._state.values():
+            state["step"].fill_(updates)
+
+
+class Muon:
+    """Muon (Jordan et al., 2024): the Nesterov momentum of each hidden matrix, orthogonalised, is its update.
+
+    The update of an ``[out, in]`` matrix is scaled by sqrt(max(1, out / in)): its effect on activations then does not
+    depend on the aspect; weight decay is decoupled. Stacks ``[experts, out, in]`` are one matrix an expert. A sharded
+    matrix is gathered, orthogonalised on every rank and cut again, except a stack sharded by expert, whose matrices are
+    whole where they are.
+    """
+
+    def __init__(
+        self, config: MuonConfig, parameters: Mapping[str, nn.Parameter], tags: Mapping[str, ParameterTag]
+    ) -> None:
+        self._config = config
+        self._parameters = parameters
+        self._tags = tags
+        self._momentum = {name: torch.zeros_like(value) for name, value in parameters.items()}
+
+    @torch.no_grad()
+    def step(self, factor: float) -> None:
+        """Update all matrices; those of one shape are orthogonalised in one batch."""
+        by_shape: dict[torch.Size, list[tuple[str, Tensor]]] = defaultdict(list)
+        for name, value in self._parameters.items():
+            if value.grad is None:
+                continue
+            matrices = _whole_matrices(self._nesterov(name, value.grad))
+            if matrices.numel() > 0:
+                by_shape[matrices.shape[-2:]].append((name, matrices))
+        for members in by_shape.values():
+            stacks = [matrices.reshape(-1, *matrices.shape[-2:]) for _, matrices in members]
+            updates = newton_schulz(torch.cat(stacks), steps=self._config.newton_schulz_steps)
+            for (name, matrices), update in zip(
+                members, torch.split(updates, [len(stack) for stack in stacks]), strict=True
+            ):
+                self._apply(name, update.reshape(matrices.shape), factor)
+
+    def slots(self) -> Slots:
+        """Return the momentum buffers by name."""
+        return {name: {"momentum_buffer": value} for name, value in self._momentum.items()}
+
+    def set_updates(self, updates: int) -> None:
+        """Muon has no bias correction."""
+
+    def _nesterov(self, name: str, gradient: Tensor) -> Tensor:
+        """m <- mu m + (1 - mu) g; the update looks ahead: (1 - mu) g + mu m."""
+        momentum = self._momentum[name].lerp_(gradient, 1.0 - self._config.momentum)
+        return gradient.lerp(momentum, self._config.momentum)
+
+    def _apply(self, name: str, update: Tensor, factor: float) -> None:
+        value, tag = self._parameters[name], self._tags[name]
+        lr = factor * self._config.lr * tag.lr_scale
+        rows, columns = update.shape[-2:]
+        local = value.to_local() if isinstance(value, DTensor) else value
+        if tag.weight_decay:
+            local.mul_(1.0 - lr * self._config.weight_decay)
+        local.add_(_own_part(update, value), alpha=-lr * max(1.0, rows / columns) ** 0.5)
+
+
+def newton_schulz(matrices: Float[Tensor, "n rows columns"], *, steps: int) -> Float[Tensor, "n rows columns"]:
+    """Replace each matrix's singular values by values near 1: U S V^T becomes about U V^T, without a decomposition.
+
+    Iterates X <- a X + (b A + c A^2) X with A = X X^T from X / |X|, on the smaller side (Jordan et al., 2024). On CUDA
+    in bf16, which the iteration tolerates; elsewhere in the matrices' own precision.
+    """
+    a, b, c = NEWTON_SCHULZ_COEFFICIENTS
+    x = matrices.bfloat16() if matrices.is_cuda else matrices
+    tall = x.size(-2) > x.size(-1)
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).to(matrices.dtype)
+
+
+class MuonWithAdamW:
+    """Muon and AdamW as one optimizer."""
+
+    def __init__(self, matrices: Muon, rest: AdamW) -> None:
+        self._parts: tuple[Updater, Updater] = (matrices, rest)
+
+    def step(self, factor: float) -> None:
+        """Update all parameters."""
+        for part in self._parts:
+            part.step(factor)
+
+    def slots(self) -> Slots:
+        """Return both parts' state."""
+        return self._parts[0].slots() | self._parts[1].slots()
+
+    def set_updates(self, updates: int) -> None:
+        """Set the count that bias correction uses."""
+        for part in self._parts:
+            part.set_updates(updates)
+
+
+def _sharded_by_expert(value: DTensor) -> bool:
+    return value.ndim == 3 and not any(isinstance(p, Shard) and p.dim != 0 for p in value.placements)
+
+
+def _whole_matrices(value: Tensor) -> Tensor:
+    """Return this rank's matrices to orthogonalise: its own experts', or the gathered whole."""
+    if not isinstance(value, DTensor):
+        return value
+    return value.to_local() if _sharded_by_expert(value) else value.full_tensor()
+
+
+def _own_part(update: Tensor, parameter: Tensor) -> Tensor:
+    """Cut what belongs to this rank's shard of ``parameter`` out of an update made by :func:`_whole_matrices`."""
+    if not isinstance(parameter, DTensor) or _sharded_by_expert(parameter):
+        return update
+    cut = distribute_tensor(update, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    return cut.to_local()
