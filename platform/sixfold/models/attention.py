@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-AttentionMask = BlockMask | Bool[Tensor, "n 1 queries keys"]
+AttentionMask = BlockMask | Bool[Tensor, "#n 1 queries keys"]
 
 
 def document_mask(documents: Int64[Tensor, "n length"]) -> AttentionMask:

@@ -57,7 +57,7 @@ class Router(OwnsBuffers):
         experts = preference.topk(self.config.top_k, dim=-1).indices
         weights = scores.gather(-1, experts)
         if self.config.normalize_top_k:
-            weights = weights / weights.sum(-1, keepdim=True)
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)  # sigmoids may all underflow
         shares = scores if softmax else scores / scores.sum(-1, keepdim=True)
         return Routing(experts, weights * self.config.routed_scale, logits, shares)
 

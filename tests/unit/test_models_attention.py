@@ -1,0 +1,62 @@
+import pytest
+import torch
+
+from model_helpers import dense, mixture, randomized
+from sixfold.models.attention import causal_attention, continuation_mask, document_mask
+from sixfold.models.moe_transformer.attention import rotary_angles, rotate
+
+
+def test_attention_is_the_softmax_formula_with_shared_key_heads():
+    torch.manual_seed(0)
+    query, key, value = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
+    attended = causal_attention(query, key, value)
+    for head in range(4):
+        scores = query[:, head] @ key[:, head // 2].transpose(1, 2) / 8**0.5
+        weights = scores.masked_fill(torch.ones(5, 5).triu(1).bool(), float("-inf")).softmax(-1)
+        torch.testing.assert_close(attended[:, head], weights @ value[:, head // 2])
+
+
+def test_document_mask_keeps_to_earlier_tokens_of_the_same_document():
+    mask = document_mask(torch.tensor([[0, 0, 1, 1]]))[0, 0]
+    assert mask.int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
+
+
+def test_continuation_mask_is_the_end_of_the_causal_one():
+    assert continuation_mask(2, 5, torch.device("cpu"))[0, 0].int().tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
+
+
+def test_rotary_scores_depend_on_the_distance_alone():
+    torch.manual_seed(0)
+    query, key = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)
+
+    def score(query_position, key_position):
+        turned = [
+            rotate(x, *rotary_angles(position, 1, 16, 10_000.0, x.device))
+            for x, position in ((query, query_position), (key, key_position))
+        ]
+        return (turned[0] * turned[1]).sum()
+
+    torch.testing.assert_close(score(9, 4), score(105, 100), rtol=1e-4, atol=1e-5)
+    assert abs(score(9, 4) - score(9, 5)) > 1e-2
+
+
+@pytest.mark.parametrize("config", [dense(qk_norm=True), mixture()], ids=["dense", "mixture"])
+def test_packed_documents_give_the_same_logits_and_gradients_as_separate_ones(config):
+    network = randomized(config)
+    first, second = torch.randint(0, 31, (1, 5)), torch.randint(0, 31, (1, 7))
+    documents = torch.tensor([[0] * 5 + [1] * 7])
+    packed, _ = network(torch.cat([first, second], 1), documents)
+    apart = torch.cat([network(first)[0], network(second)[0]], 1)
+    torch.testing.assert_close(packed, apart, rtol=1e-4, atol=1e-5)
+    direction = torch.randn_like(packed)
+    packed_gradient = torch.autograd.grad(packed, list(network.parameters()), direction)
+    apart_gradient = torch.autograd.grad(apart, list(network.parameters()), direction)
+    for ours, theirs in zip(packed_gradient, apart_gradient, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_without_documents_a_later_text_does_read_the_earlier_one():
+    network = randomized(dense())
+    tokens = torch.randint(0, 31, (1, 12))
+    apart = network(tokens, torch.tensor([[0] * 5 + [1] * 7]))[0]
+    assert (network(tokens)[0] - apart)[:, 5:].abs().max() > 1e-2
