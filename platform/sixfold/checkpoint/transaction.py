@@ -178,6 +178,8 @@ class Transaction:
         self.store.replace(LATEST, committed.folder.encode())
         for each in expired(self.store.committed(), committed, self.rejected, self.config):
             self.store.retire(each, self.attempt)
+        for folder in self.store.leftovers():  # without rename, the folder of a checkpoint that was replaced
+            self.store.remove(folder)
 
     def _manifest(self, records: list[dict[str, FileRecord]]) -> Manifest:
         return Manifest(
