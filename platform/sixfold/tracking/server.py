@@ -11,7 +11,6 @@ import tempfile
 import time
 import urllib.request
 from importlib.util import find_spec
-from pathlib import Path
 from types import TracebackType
 
 from sixfold.errors import EnvironmentFault, UserError
@@ -94,7 +93,7 @@ class MLflowServer:
 
     def stop(self) -> None:
         """End the server and its children, gently first."""
-        import psutil
+        import psutil  # type: ignore[import-untyped]  # it ships no types
 
         with_children = [self._process.pid]
         if self.is_running:
