@@ -44,6 +44,7 @@ def show(
 ) -> None:
     """Show a resolved recipe, where each setting was written, and what follows from it."""
     from sixfold.cli.screen import print_table
+    from sixfold.config.schema import spell_plain
     from sixfold.recipe.checks import check_recipe
     from sixfold.recipe.facts import derived_facts
     from sixfold.recipe.load import load_recipe
@@ -64,7 +65,7 @@ def show(
         }
         typer.echo(json.dumps(record, indent=2))
         return
-    rows = [(key, plain_value(value), places[key]) for key, value in leaves(loaded.recipe.resolved())]
+    rows = [(key, spell_plain(value), places[key]) for key, value in leaves(loaded.recipe.resolved())]
     print_table(None, ("setting", "value", "from"), rows)
     typer.echo()
     print_table(
@@ -112,10 +113,3 @@ def leaves(values: Any, prefix: str = "") -> list[tuple[str, Any]]:
         return [(prefix, values)]
     entries = values.items() if isinstance(values, dict) else enumerate(values)
     return [leaf for key, value in entries for leaf in leaves(value, f"{prefix}.{key}" if prefix else str(key))]
-
-
-def plain_value(value: Any) -> str:
-    """Spell a leaf as in a recipe, text without quotes."""
-    from sixfold.config.schema import spell
-
-    return "{}" if value == {} else value if isinstance(value, str) else spell(value)

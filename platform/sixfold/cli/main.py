@@ -14,7 +14,13 @@ import typer
 
 from sixfold.errors import SixfoldError
 
-COMMAND_MODULES = ("sixfold.cli.inspect_commands",)
+COMMAND_MODULES = (
+    "sixfold.cli.inspect_commands",
+    "sixfold.cli.run_commands",
+    "sixfold.cli.compare_command",
+    "sixfold.cli.data_commands",
+    "sixfold.cli.ui_command",
+)
 """Modules with a ``register(app)`` that adds their commands, in the order of ``sixfold --help``."""
 
 

@@ -19,7 +19,7 @@ class Config(BaseModel):
     Every field carries ``Field(description=...)``: ``sixfold help`` and the JSON Schema are made from it.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, defer_build=True)
 
 
 class Component(Config):

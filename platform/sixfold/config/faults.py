@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, get_args
 
@@ -124,12 +125,11 @@ def _broken_rule(details: ErrorDetails, location: Location, context: _Context) -
     sentence = str(raised) if raised is not None else details["msg"]
     what, semicolon, fix = sentence.rpartition("; ")
     section = next(iter(location.slot.kinds().values()), None) if location.slot is not None else None
-    named = [
-        key
-        for key in (section.model_fields if section is not None else ())
-        if key in sentence.replace("`", " ").split()
-    ]
-    written = [(*location.path, key) for key in named if (*location.path, key) in context.provenance.places]
+    mentions = {
+        key: re.search(rf"\b{key}\b", sentence) for key in (section.model_fields if section is not None else ())
+    }
+    named = sorted((found.start(), (*location.path, key)) for key, found in mentions.items() if found is not None)
+    written = [path for _, path in named if path in context.provenance.places]
     where = context.provenance.nearest(written[0] if written else location.path)
     prefix = f"{dotted(location.path)}: " if location.path else ""
     return Fault(

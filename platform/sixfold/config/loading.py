@@ -23,6 +23,7 @@ _RULES: tuple[tuple[str, str, str], ...] = (
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
     ("int", rf"[-+]?{_DIGITS}|0x[0-9a-fA-F]+|0o[0-7]+", "-+0123456789"),
     ("float", rf"[-+]?(?:{_DIGITS}(?:\.(?:{_DIGITS})?)?|\.{_DIGITS})(?:[eE][-+]?[0-9]+)?", "-+.0123456789"),
+    ("merge", r"<<", "<"),
     ("float", r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)", "-+."),
 )
 
@@ -38,6 +39,9 @@ def _implicit_resolvers() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
 
 IMPLICIT_RESOLVERS = _implicit_resolvers()
 """Which plain scalars are not text; reading and writing share it, so that what is dumped is read back unchanged."""
+
+
+_MERGE_KEY = "tag:yaml.org,2002:merge"
 
 
 class _Loader(yaml.SafeLoader):
@@ -103,7 +107,7 @@ class _Construction:
         for key_node, value_node in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
                 self._fault(key_node, "a key must be text, got a list or mapping", fix="write a plain word as key")
-            elif key_node.value == "<<" and key_node.style is None:
+            elif key_node.tag == _MERGE_KEY:
                 inherited.append((key_node, value_node))
             elif key_node.value in first:
                 line = self.place_of(first[key_node.value]).line

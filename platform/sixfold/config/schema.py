@@ -133,13 +133,22 @@ def spell(value: Any) -> str:
         case str():
             spelled = repr(value if len(value) <= 60 else value[:57] + "...")
         case dict():
-            spelled = f"a mapping of {', '.join(map(str, value))}"[:80] if value else "an empty mapping"
+            spelled = f"a mapping of {', '.join(map(str, value))}"[:80] if value else "{}"
         case list() | tuple():
             items = ", ".join(spell(item) for item in value)
             spelled = f"[{items}]" if len(items) <= 60 else f"a list of {len(value)}"
         case _:
             spelled = str(value)
     return spelled
+
+
+def spell_plain(value: Any) -> str:
+    """As :func:`spell`, text without quotes: for tables."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(spell_plain(item) for item in value)}]"
+    return spell(value)
 
 
 def nearest(word: str, candidates: Sequence[str]) -> str | None:
@@ -202,4 +211,31 @@ def sections_with(root: type[Config], key: str, *, depth: int = 3) -> list[str]:
                 found.append(f"{name} (type: {tag})" if many else name)
             if depth > 1:
                 found.extend(f"{name}.{inner}" for inner in sections_with(section, key, depth=depth - 1))
-    return found
+    return list(dict.fromkeys(found))
+
+
+def with_default_types(values: Any, slot: Slot) -> Any:
+    """Write the default's ``type`` into sections without one: ``engine: {micro_batch: 8}`` means the default engine.
+
+    Values that do not fit the schema pass unchanged; validation reports them.
+    """
+    entry = slot.entry()
+    if isinstance(values, list):
+        return values if entry is None else [with_default_types(value, entry) for value in values]
+    if not isinstance(values, dict):
+        return values
+    kinds = slot.kinds()
+    kind = next(iter(kinds.values())) if len(kinds) == 1 else kinds.get(str(values.get("type")))
+    if kind is None:
+        return values if entry is None else {key: with_default_types(value, entry) for key, value in values.items()}
+    return {key: _with_default_type(value, kind.model_fields.get(key)) for key, value in values.items()}
+
+
+def _with_default_type(value: Any, field: FieldInfo | None) -> Any:
+    if field is None:
+        return value
+    slot = Slot.of_field(field)
+    default = field.get_default(call_default_factory=True, validated_data={})
+    if isinstance(value, dict) and "type" not in value and len(slot.kinds()) > 1 and isinstance(default, Config):
+        value = {"type": type_tag(type(default)), **value}
+    return with_default_types(value, slot)

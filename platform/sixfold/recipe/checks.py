@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from sixfold.config.provenance import Provenance
-from sixfold.config.schema import nearest, spell
+from sixfold.config.schema import nearest, spell_plain
 from sixfold.engine.config import DeepSpeedConfig, FSDPConfig, MuonConfig, WSDConfig
 from sixfold.errors import Fault, RecipeError
 from sixfold.models.dit.config import DiTConfig
@@ -66,7 +66,7 @@ class _Checked:
         node: Any = self.recipe
         for part in key.split("."):
             node = node.get(part) if isinstance(node, dict) else getattr(node, part)
-        return spell(node).strip("'")
+        return spell_plain(node)
 
     def role_key(self, role: str, section: str) -> str:
         """The dotted key of a role's section: its own where the role overrides it."""

@@ -14,6 +14,7 @@ from sixfold.config.composition import compose_file, merge
 from sixfold.config.faults import faults_of
 from sixfold.config.overrides import parse_overrides
 from sixfold.config.provenance import Layer, Provenance, display_path
+from sixfold.config.schema import Slot, with_default_types
 from sixfold.errors import RecipeError
 from sixfold.recipe.catalogue import find_recipe
 from sixfold.recipe.checks import check_recipe
@@ -65,6 +66,7 @@ def validate_recipe(values: dict[str, Any], provenance: Provenance) -> Recipe:
     Raises:
         RecipeError: with one fault for each key that is unknown, missing or has a value that is not allowed.
     """
+    values = with_default_types(values, Slot(Recipe))
     try:
         # read as JSON, in which strict models take a list for a tuple: the one container that YAML has
         return Recipe.model_validate_json(json.dumps(values))

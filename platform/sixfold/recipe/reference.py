@@ -10,7 +10,7 @@ from typing import Any
 from pydantic.fields import FieldInfo
 
 from sixfold.config.base import Config
-from sixfold.config.schema import Slot, allowed, nearest, spell, type_tag
+from sixfold.config.schema import Slot, allowed, nearest, spell, spell_plain, type_tag
 from sixfold.errors import Fault, RecipeError
 from sixfold.recipe.recipe import Recipe
 
@@ -50,7 +50,7 @@ def describe(section: str | None) -> list[HelpTable]:
         return [HelpTable(title, _FIELD_HEADINGS, [_row(parts[-1], field)])]
     if len(kinds) == 1:
         (kind,) = kinds.values()
-        return [_fields(f"{title}: {_summary(kind)}", kind, list(kind.model_fields))]
+        return [_fields(f"{title}: {_summary(kind)}", kind, [name for name in kind.model_fields if name != "type"])]
     return _describe_kinds(title, kinds)
 
 
@@ -119,8 +119,8 @@ def _default(field: FieldInfo) -> str:
     default = field.get_default(call_default_factory=True, validated_data={})
     if isinstance(default, Config):
         return type_tag(type(default)) or "defaults"
-    return default if isinstance(default, str) and default else spell(default)
+    return spell_plain(default) if default else spell(default)
 
 
 def _summary(kind: type[Config]) -> str:
-    return inspect.cleandoc(kind.__doc__ or "").split("\n\n")[0].replace("\n", " ")
+    return inspect.cleandoc(kind.__doc__ or "").split("\n\n")[0].replace("\n", " ").replace("``", "`")
