@@ -60,9 +60,12 @@ def test_a_template_may_ask_for_part_of_a_checkpoint_but_not_for_more(tmp_path):
 
 
 def test_another_recipe_is_refused_and_the_difference_named(tmp_path):
-    write_steps(tmp_path, 1, settings={"networks.denoiser.width": 128, "seed": 0})
+    write_steps(tmp_path, 1, settings={"networks.denoiser": {"width": 128, "depth": 4}, "seed": 0})
     reading = open_checkpointer(
-        tmp_path, recipe_hash="recipe-2", fingerprint="data-2", settings={"networks.denoiser.width": 256, "seed": 0}
+        tmp_path,
+        recipe_hash="recipe-2",
+        fingerprint="data-2",
+        settings={"networks.denoiser": {"width": 256, "depth": 4}, "seed": 0},
     )
     candidate = reading.newest_verified(_nothing_to_say)
     with pytest.raises(CheckpointError) as caught:
@@ -72,6 +75,7 @@ def test_another_recipe_is_refused_and_the_difference_named(tmp_path):
     assert "data-2" in text
     assert "data-1" in text
     assert "seed" not in text
+    assert "depth" not in text
     assert caught.value.exit_code == 2
 
 

@@ -56,7 +56,7 @@ class Checkpointer:
         world_size: how many there are.
         recipe_hash: hash of the resolved recipe, for the record.
         fingerprint: the data set's; a checkpoint of another one is refused.
-        settings: recipe settings by dotted name that a resumed run must share with its checkpoint.
+        settings: recipe settings, nested or by dotted name, that a resumed run must share with its checkpoint.
 
     Raises:
         EnvironmentFault: the directory cannot be used, or is not shared by all ranks.

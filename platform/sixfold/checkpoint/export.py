@@ -9,8 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sixfold.checkpoint.ranks import Ranks
-from sixfold.checkpoint.reading import fill
-from sixfold.checkpoint.storage import StoreReader
+from sixfold.checkpoint.reading import fill, open_reader
 from sixfold.checkpoint.verification import Candidate
 from sixfold.errors import CheckpointError
 
@@ -26,7 +25,7 @@ def read_parameters(candidate: Candidate, role: str, *, averaged: bool) -> dict[
     Raises:
         CheckpointError: the checkpoint has no such role, or no moving average of it.
     """
-    saved = StoreReader(candidate.store, candidate.folder, candidate.manifest).tensors()
+    saved = open_reader(candidate, Ranks(None)).tensors()
     kind = "ema" if averaged else "parameters"
     chosen: dict[str, str] = {}
     for prefix in (f"roles/{role}/{kind}/", f"roles/{role}/buffers/"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO
 
 from pydantic import Field, JsonValue, ValidationError
@@ -38,7 +38,7 @@ class Identity(Config):
     fingerprint: str = Field(description="Fingerprint of the data set; sample positions mean nothing on another.")
     rng_version: str = Field(description="Version of the position-keyed random draws.")
     settings: dict[str, JsonValue] = Field(
-        description="Recipe settings, by dotted name, that a resumed run must share."
+        description="Recipe settings (nested or dotted) that a resumed run must share."
     )
 
 
@@ -109,10 +109,11 @@ def require_same_identity(saved: Identity, present: Identity, *, where: str) -> 
     Raises:
         CheckpointError: naming every setting, the data set or the random draws that differ.
     """
+    before, now = dict(_leaves(saved.settings)), dict(_leaves(present.settings))
     faults = [
-        Fault(what=f"{name} is {_shown(present.settings, name)}, the checkpoint has {_shown(saved.settings, name)}")
-        for name in sorted({*saved.settings, *present.settings})
-        if _shown(saved.settings, name) != _shown(present.settings, name)
+        Fault(what=f"{name} is {now.get(name, 'unset')}, the checkpoint has {before.get(name, 'unset')}")
+        for name in sorted({*before, *now})
+        if before.get(name) != now.get(name)
     ]
     if saved.fingerprint != present.fingerprint:
         faults.append(Fault(what=f"the data set is {present.fingerprint}, the checkpoint saw {saved.fingerprint}"))
@@ -132,5 +133,10 @@ def _hash(body: Any) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _shown(settings: Mapping[str, JsonValue], name: str) -> str:
-    return json.dumps(settings[name], sort_keys=True) if name in settings else "unset"
+def _leaves(settings: Mapping[str, JsonValue], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield dotted names and JSON values of nested settings."""
+    for name, value in settings.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", json.dumps(value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
+import torch
 import torch.distributed as dist
 
 from sixfold.checkpoint.config import CheckpointConfig
@@ -48,8 +49,18 @@ class Ranks:
         dist.broadcast_object_list(values, group=self._group, group_src=0)
         return cast(T, values[0])
 
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank: one integer, reduced."""
+        if self._group is None:
+            return flag
+        value = torch.tensor(int(flag))
+        dist.all_reduce(value, dist.ReduceOp.MAX, group=self._group)
+        return bool(value.item())
+
     def concatenated(self, values: list[T]) -> list[T]:
-        """Return all ranks' lists as one, on every rank; meant for lists that are nearly always empty (faults)."""
+        """Return all ranks' lists as one, on every rank; made for lists that are nearly always empty (faults)."""
+        if not self.any(bool(values)):
+            return []
         return self.broadcast([value for part in self.gather(values) for value in part])
 
 

@@ -59,7 +59,7 @@ class Planning:
         """
         local = [item for name, value in state.items() for item in _write_items(name, value)]
         changed = self._agreed is None or local != self._local
-        if self._ranks.broadcast(any(self._ranks.gather(changed))) or self._agreed is None:
+        if self._ranks.any(changed) or self._agreed is None:
             self._agreed, self._local = self._agree(local, prepare), local
         return self._agreed
 

@@ -147,30 +147,38 @@ class _StagedPlanner(DefaultSavePlanner):
         return self._staged[index.fqn]
 
 
-class StoreReader(FileSystemReader):
-    """DCP's reader from one committed folder; DCP's metadata is unpickled only if it hashes to what the manifest says.
+def read_metadata_bytes(store: Store, folder: str, manifest: Manifest) -> bytes:
+    """Return DCP's pickled metadata, having checked that it is what the manifest says.
 
     Raises:
-        Rejected: the metadata changed since the manifest was written.
+        Rejected: it changed since the manifest was written.
+    """
+    content = store.read(f"{folder}/{METADATA}")
+    if hashlib.sha256(content).hexdigest() != manifest.files[METADATA].sha256:
+        raise Rejected(f"{METADATA} does not match its hash in the manifest")
+    return content
+
+
+class StoreReader(FileSystemReader):
+    """DCP's reader from one committed folder, given its verified metadata (:func:`read_metadata_bytes`).
+
+    Raises:
+        Rejected: the metadata holds what no checkpoint of this format has.
     """
 
-    def __init__(self, store: Store, folder: str, manifest: Manifest) -> None:
+    def __init__(self, store: Store, folder: str, metadata: bytes) -> None:
         super().__init__(folder)
-        self._store = store
-        self._manifest = manifest
+        self._metadata = cast(Metadata, _MetadataUnpickler(io.BytesIO(metadata)).load())
         self.fs = StoreFiles(store)  # type: ignore[assignment]  # DCP's own fsspec reader replaces it likewise
         self.path = folder
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Return the verified metadata."""
-        content = self._store.read(f"{self.path}/{METADATA}")
-        if hashlib.sha256(content).hexdigest() != self._manifest.files[METADATA].sha256:
-            raise Rejected(f"{METADATA} does not match its hash in the manifest")
-        return cast(Metadata, _MetadataUnpickler(io.BytesIO(content)).load())
+        return self._metadata
 
     def tensors(self) -> dict[str, TensorStorageMetadata]:
         """Return shape, type and chunks of every tensor by name."""
-        everything = self.read_metadata().state_dict_metadata
+        everything = self._metadata.state_dict_metadata
         return {name: value for name, value in everything.items() if isinstance(value, TensorStorageMetadata)}
 
     def fill(self, state: FlatState) -> None:
@@ -180,10 +188,9 @@ class StoreReader(FileSystemReader):
             KeyError: a name that the checkpoint does not have.
             ValueError: a shape that it has otherwise.
         """
-        metadata = self.read_metadata()
         planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        planner.set_up_planner(cast(dict[str, Any], state), metadata, is_coordinator=False)
-        self.set_up_storage_reader(metadata, is_coordinator=False)
+        planner.set_up_planner(cast(dict[str, Any], state), self._metadata, is_coordinator=False)
+        self.set_up_storage_reader(self._metadata, is_coordinator=False)
         self.read_data(planner.finish_plan(planner.create_local_plan()), planner).wait()
 
 

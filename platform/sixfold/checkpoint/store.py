@@ -7,6 +7,7 @@ puts one small marker object ``step_N.commit`` that names it. Whatever else lies
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -210,9 +211,13 @@ class FileStore(Store):
 
 
 def _sync_folder(folder: Path) -> None:
+    """Make a folder's entries durable, on file systems that have a notion of it (some network ones do not)."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(descriptor)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from sixfold.checkpoint.manifest import MANIFEST, Manifest, Rejected, decode, hash_stream
 from sixfold.checkpoint.ranks import Ranks
 from sixfold.checkpoint.store import LATEST, CommittedFolder, Store, open_store
-from sixfold.errors import CheckpointError, Fault
+from sixfold.errors import CheckpointError, EnvironmentFault, Fault
 
 Log = Callable[[str], None]
 
@@ -48,9 +48,10 @@ def search(store: Store, ranks: Ranks, log: Log) -> Candidate | None:
 
     Raises:
         CheckpointError: there are checkpoints but none verifies; starting over must be the user's decision.
+        EnvironmentFault: the store cannot be listed.
     """
     rejected: dict[str, str] = {}
-    for committed in ranks.broadcast(store.committed() if ranks.rank == 0 else []):
+    for committed in _listed(store, ranks):
         outcome = _verify(store, committed, ranks)
         if isinstance(outcome, Manifest):
             if ranks.rank == 0:
@@ -76,6 +77,19 @@ def search(store: Store, ranks: Ranks, log: Log) -> Candidate | None:
             *(Fault(what=reason, where=folder) for folder, reason in rejected.items()),
         )
     return None
+
+
+def _listed(store: Store, ranks: Ranks) -> list[CommittedFolder]:
+    found: list[CommittedFolder] | str = []
+    if ranks.rank == 0:
+        try:
+            found = store.committed()
+        except OSError as error:
+            found = str(error)
+    found = ranks.broadcast(found)
+    if isinstance(found, str):
+        raise EnvironmentFault.of(f"checkpoints cannot be listed: {found}", where=store.location)
+    return found
 
 
 def _verify(store: Store, committed: CommittedFolder, ranks: Ranks) -> Manifest | str:
