@@ -21,11 +21,27 @@ def output_console() -> Console:
     """The console for results: as wide as the terminal, and wide enough for tables when piped."""
     from rich.console import Console
 
-    return Console(markup=False, highlight=False, emoji=False, width=None if sys.stdout.isatty() else _WIDTH_OF_PIPES)
+    width = None if sys.stdout.isatty() else _WIDTH_OF_PIPES
+    return Console(markup=False, highlight=False, emoji=False, width=width)
 
 
 def print_table(title: str | None, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print aligned columns, the last of which takes the room that is left."""
+    """Print aligned columns: folded to the width of a terminal, one line a row when piped."""
+    if sys.stdout.isatty():
+        _print_rich_table(title, headings, rows)
+        return
+    lines = [tuple(headings), *(tuple(row) for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(headings))]
+    for text in ([title] if title else []) + [_aligned(line, widths) for line in lines]:
+        sys.stdout.write(f"{text}\n")
+
+
+def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
+    padded = [" ".join(cell.splitlines()).ljust(width) for cell, width in zip(cells, widths, strict=True)]
+    return "  ".join(padded).rstrip()
+
+
+def _print_rich_table(title: str | None, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold", title_style="bold")
