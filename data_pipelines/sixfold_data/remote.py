@@ -10,20 +10,19 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import queue
 import tempfile
-import threading
 import time
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import fsspec
-
 from sixfold.errors import DataError, EnvironmentFault, SixfoldError
+from sixfold_data.background import Fetcher
 from sixfold_data.cache import ShardCache, touch
+from sixfold_data.protocols import connect, version_mark
 from sixfold_data.retries import RetryPolicy, ShortReadError, describe, http_statuses
 from sixfold_data.store import DescriptorPool, MissingObjectError, Pin, absent, changed, describe_pin
 
@@ -52,17 +51,27 @@ class Version:
         return self.etag or f"size:{self.size}"
 
 
-@dataclass
+@dataclass(eq=False)
 class _ProcessState:
-    """What must not cross a fork: event loops, connections, threads."""
+    """What must not be used across a fork: event loops, connections, threads."""
 
     pid: int
     filesystem: Any
-    fetcher: _Fetcher
+    fetcher: Fetcher
     versions: dict[str, tuple[Version, float]] = field(default_factory=dict)
     local: dict[str, _LocalCopy] = field(default_factory=dict)
     fetch_failed_at: dict[str, float] = field(default_factory=dict)
     serves_ranges: bool = True
+
+    def __post_init__(self) -> None:
+        _alive.add(self)
+
+
+# A forked child must not even let go of what it inherited: closing a connection takes it out of the event loop's epoll
+# set, which the child shares with its parent, and the parent would wait for its next answer for ever.
+_alive: weakref.WeakSet[_ProcessState] = weakref.WeakSet()
+_inherited: list[_ProcessState] = []
+os.register_at_fork(after_in_child=lambda: _inherited.extend(_alive))
 
 
 @dataclass
@@ -182,7 +191,7 @@ class RemoteStore:
     def _files(self) -> _ProcessState:
         """This process's connections, made anew after a fork."""
         if self._state is None or self._state.pid != os.getpid():
-            self._state = _ProcessState(os.getpid(), connect(self.url), _Fetcher(self._fetch_in_background))
+            self._state = _ProcessState(os.getpid(), connect(self.url), Fetcher(self._fetch_in_background))
         return self._state
 
     def _where(self, path: str) -> str:
@@ -209,7 +218,7 @@ class RemoteStore:
         info = self._request(path, lambda files: files.info(self._where(path)))
         if info.get("size") is None or info.get("type") == "directory":
             raise absent(self._where(path))
-        version = Version(int(info["size"]), _etag(info))
+        version = Version(int(info["size"]), version_mark(info))
         pin = self._pins.get(path)
         if pin is not None and (version.size != pin.size or (pin.etag is not None and version.etag != pin.etag)):
             found = f"{version.size} bytes" + (f" with etag {version.etag}" if version.etag else "")
@@ -334,78 +343,3 @@ class RemoteStore:
 def _fallback_cache() -> ShardCache:
     """Where memory-mapped index columns go when the recipe asks for no cache of shards."""
     return ShardCache(Path(tempfile.gettempdir()) / f"sixfold-cache-{os.getuid()}", FALLBACK_QUOTA_BYTES)
-
-
-def connect(url: str) -> Any:
-    """Return an fsspec file system of this process's own for a URL.
-
-    Raises:
-        EnvironmentFault: the library for this protocol is not installed; says which.
-        DataError: there is no such protocol.
-    """
-    protocol = url.partition("://")[0]
-    try:
-        options = fsspec.utils.infer_storage_options(url) if protocol in ("hf", "github") else {}
-        options = {key: value for key, value in options.items() if key not in ("path", "protocol")}
-        return fsspec.filesystem(protocol, skip_instance_cache=True, use_listings_cache=False, **options)
-    except ImportError as error:
-        raise EnvironmentFault.of(
-            f"reading {protocol}:// needs a package that is not installed ({error})",
-            where=url,
-            fix='pip install "sixfold[remote]", or the fsspec package that the message names',
-        ) from error
-    except ValueError as error:
-        raise DataError.of(
-            f"{protocol!r} is not a protocol that fsspec knows",
-            where=url,
-            allowed="a folder, or a URL such as s3://, gs://, az://, https://, memory://",
-        ) from error
-
-
-def _etag(info: dict[str, Any]) -> str | None:
-    for name in ("ETag", "etag"):
-        if info.get(name):
-            return str(info[name]).removeprefix("W/").strip('"')
-    for name in ("LastModified", "Last-Modified", "last_modified", "mtime"):
-        if info.get(name):
-            return f"modified:{info[name]}"
-    return None
-
-
-class _Fetcher:
-    """A few daemon threads that fetch shards in the order asked for, each once at a time.
-
-    Daemons, because a process that is done must not wait for a shard that nobody will read.
-    """
-
-    def __init__(self, fetch: Callable[[str], None], threads: int = 2) -> None:
-        self._fetch = fetch
-        self._threads = threads
-        self._running: list[threading.Thread] = []
-        self._waiting: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        self._known: set[str] = set()
-        self._lock = threading.Lock()
-
-    def submit(self, path: str) -> None:
-        with self._lock:
-            if path in self._known:
-                return
-            self._known.add(path)
-            if len(self._running) < self._threads:
-                thread = threading.Thread(target=self._work, name="sixfold-fetch", daemon=True)
-                self._running.append(thread)
-                thread.start()
-        self._waiting.put(path)
-
-    def stop(self) -> None:
-        """Let the threads end after the shard in hand."""
-        for _ in self._running:
-            self._waiting.put(None)
-
-    def _work(self) -> None:
-        while (path := self._waiting.get()) is not None:
-            try:
-                self._fetch(path)
-            finally:
-                with self._lock:
-                    self._known.discard(path)
