@@ -63,6 +63,7 @@ class Packing:
         self._phase_key = derive_key(seed, "packing/phase")
         tokens, kept_for_phase = int(token_start[-1]), 0 if isinstance(documents, StoredOrder) else sequence_length - 1
         self.sequences = max(0, (tokens - 1 - kept_for_phase) // sequence_length)
+        self._phases: Recent[int, int] = Recent(4)
         self._block_starts: Recent[int, np.ndarray] = Recent(4)
         self._blocks: Recent[tuple[int, int], _Block] = Recent(blocks_held)
 
@@ -70,8 +71,7 @@ class Packing:
         """Return where in the token stream the epoch's first sequence starts."""
         if isinstance(self._documents, StoredOrder):
             return 0
-        word = random_words(np.asarray([epoch], dtype=np.int64), 0, self._phase_key)
-        return int(word[0]) * self._length >> 32
+        return self._phases.get(epoch, lambda: self._draw_phase(epoch))
 
     def pieces(self, epoch: int, sequence: int) -> Iterator[Piece]:
         """Yield the pieces of documents that make up a sequence, ``sequence_length + 1`` tokens in all."""
@@ -92,6 +92,10 @@ class Packing:
                     yield Piece(document, first, taken)
                 start, wanted, place = start + taken, wanted - taken, place + 1
             start, number = 0, number + 1
+
+    def _draw_phase(self, epoch: int) -> int:
+        word = random_words(np.asarray([epoch], dtype=np.int64), 0, self._phase_key)
+        return int(word[0]) * self._length >> 32
 
     def _cumulative_blocks(self, epoch: int) -> np.ndarray:
         """Return where each block starts in the epoch's token stream, and the stream's end."""

@@ -7,9 +7,11 @@ consumed samples. Workers therefore need no state, and resuming is asking for an
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 import os
 import time
 from collections.abc import Iterator, Mapping
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
@@ -140,9 +142,15 @@ def _make_loader(batches: GlobalBatches, config: DataConfig, start_samples: int)
         collate_fn=_as_it_is,
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=config.prefetch if workers else None,
-        # Forking a process that runs threads (gloo, trackers, stores) may inherit a lock that nobody releases.
-        multiprocessing_context="forkserver" if workers else None,
+        multiprocessing_context=_worker_context() if workers else None,
     )
+
+
+def _worker_context() -> BaseContext:
+    """Return a forkserver: forking a process that runs threads (gloo, trackers) may inherit a lock nobody releases."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([GlobalBatches.__module__])  # torch is imported once, not by each worker
+    return context
 
 
 def default_workers() -> int:

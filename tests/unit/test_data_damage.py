@@ -1,0 +1,173 @@
+"""Damaged data sets: replaced within a budget, or refused with one clear error."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+
+from data_sets import make_images, make_text, numbers_of, png
+from sixfold.errors import DataError
+from sixfold_data.build import BuildOptions, building
+from sixfold_data.config import DataConfig
+from sixfold_data.index import open_split, read_manifest
+from sixfold_data.store import open_store
+from sixfold_data.stream import TrainStream
+
+
+def flip_byte(root: Path, number: int, extension: str = "png", split: str = "train") -> None:
+    """Invert the middle byte of one member, where it lies in its shard."""
+    store = open_store(str(root))
+    index = open_split(store, read_manifest(store), split)
+    member = index.members[extension]
+    shard = root / index.shard_path(number)
+    content = bytearray(shard.read_bytes())
+    content[int(member.offset[number] + member.length[number] // 2)] ^= 0xFF
+    shard.write_bytes(content)
+
+
+def epoch(root: Path, log: Path | None = None, *, ranks: int = 1, workers: int = 0, **corrupt) -> tuple[list, int]:
+    config = DataConfig.model_validate(
+        {"path": str(root), "global_batch": 20, "lanes": 10, "workers": workers, "corrupt": corrupt}
+    )
+    parts, count = [], 0
+    for rank in range(ranks):
+        stream = TrainStream(config, seed=0, rank=rank, world_size=ranks, start_samples=0, quarantine_path=log)
+        parts.append([numbers_of(batch["image"]) for batch in itertools.islice(stream, 5)])
+        count += stream.corrupt_count
+        stream.close()
+    return [list(itertools.chain(*rows)) for rows in zip(*parts, strict=True)], count
+
+
+def test_flipped_bytes_are_replaced_at_the_same_position_and_logged(tmp_path):
+    root = make_images(tmp_path / "set")
+    sound, _ = epoch(root)
+    for number in (7, 42):
+        flip_byte(root, number)
+    log = tmp_path / "run" / "quarantine.jsonl"
+    damaged, count = epoch(root, log)
+    assert count == 2
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert sorted(line["key"] for line in lines) == ["s000007", "s000042"]
+    flat_sound, flat_damaged = (list(itertools.chain(*batches)) for batches in (sound, damaged))
+    changed = [place for place, pair in enumerate(zip(flat_sound, flat_damaged, strict=True)) if len(set(pair)) > 1]
+    assert sorted(flat_sound[place] for place in changed) == [7, 42]
+    assert sorted(line["position"] for line in lines) == changed
+    for line in lines:
+        assert flat_damaged[line["position"]] == line["replaced_by"]
+        assert "checksum of its .png" in line["reason"]
+        assert line["shard"].startswith(f"{root}/train/shard-")
+    assert epoch(root) == (damaged, 2), "replacements are a function of the position"
+    assert epoch(root, ranks=2) == (damaged, 2), "on any number of ranks"
+    assert epoch(root, workers=1) == (damaged, 2), "and of workers"
+
+
+def test_a_sample_without_its_image_is_replaced(tmp_path):
+    root = tmp_path / "set"
+    with building(BuildOptions(out=root, val_fraction=0.0)) as work:
+        for number in range(100):
+            members = {"png": png(number)} if number != 3 else {"cls": b"0"}
+            work.writers["train"].add(f"s{number:06d}", members)
+        work.finish("images", image_size=(4, 4), channels=1)
+    log = tmp_path / "quarantine.jsonl"
+    batches, count = epoch(root, log)
+    assert count == 1
+    assert 3 not in itertools.chain(*batches)
+    assert json.loads(log.read_text())["reason"].startswith("it has no member .png")
+
+
+def test_the_budget_ends_the_run_with_one_clear_error(tmp_path):
+    root = make_images(tmp_path / "set")
+    for number in (7, 42, 77):
+        flip_byte(root, number)
+    assert epoch(root, max_samples=3)[1] == 3
+    assert epoch(root, max_samples=0, max_fraction=0.03)[1] == 3
+    with pytest.raises(DataError) as raised:
+        epoch(root, tmp_path / "quarantine.jsonl", max_samples=2)
+    message = str(raised.value)
+    for part in (
+        "s0000",
+        "shard-",
+        "3 unreadable samples of 100",
+        "allowed: 2",
+        "data verify",
+        "quarantine.jsonl",
+    ):
+        assert part in message
+    assert raised.value.exit_code == 2
+
+
+def test_a_hopeless_data_set_does_not_draw_forever(tmp_path):
+    root = make_images(tmp_path / "set")
+    for number in range(100):
+        flip_byte(root, number)
+    with pytest.raises(DataError, match="nor 16 others"):
+        epoch(root, max_samples=1000)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_changed_shard_is_named(tmp_path, workers):
+    root = make_images(tmp_path / "set")
+    shard = root / "train" / "shard-000002.tar"
+    shard.write_bytes(shard.read_bytes()[:-512])
+    with pytest.raises(DataError, match=r"shard-000002\.tar: the object is not the one that was indexed"):
+        epoch(root, workers=workers)
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    root = make_images(tmp_path / "set")
+    (root / "train" / "shard-000002.tar").unlink()
+    with pytest.raises(DataError, match=r"shard-000002\.tar"):
+        epoch(root)
+
+
+def test_tokens_beyond_the_vocabulary_are_corrupt(tmp_path):
+    root = make_text(tmp_path / "text", [bytes([number]) * 100 for number in range(50)])
+    flip_byte(root, 5, "u16")
+    config = DataConfig(path=str(root), global_batch=4, sequence_length=20)
+    stream = TrainStream(config, seed=0, rank=0, world_size=1, start_samples=0, quarantine_path=None)
+    for batch in itertools.islice(stream, 62):
+        assert batch["tokens"].max() <= 256
+    assert stream.corrupt_count == 1
+
+
+def edit_manifest(root: Path, edit) -> None:
+    content = json.loads((root / "dataset.json").read_text())
+    edit(content)
+    (root / "dataset.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda root: (root / "dataset.json").unlink(), "there is no indexed data set here"),
+        (lambda root: (root / "dataset.json").write_text("{"), "malformed"),
+        (lambda root: edit_manifest(root, lambda m: m.update(format="sixfold-data/9")), "format"),
+        (lambda root: edit_manifest(root, lambda m: m.update(surprise=1)), "surprise"),
+        (lambda root: edit_manifest(root, lambda m: m.update(channels=3)), "does not match its own fingerprint"),
+        (lambda root: (root / "train/index/offset.png.npy").unlink(), r"train/index/offset\.png\.npy"),
+        (lambda root: (root / "train/index/offset.png.npy").write_bytes(b"\x93NUMPY"), "cannot be read"),
+        (
+            lambda root: (root / "train/index/label.npy").write_bytes((root / "val/index/label.npy").read_bytes()),
+            r"has shape \(10,\)",
+        ),
+    ],
+)
+def test_a_malformed_index_is_refused_with_place_and_fix(tmp_path, damage, message):
+    root = make_images(tmp_path / "set")
+    damage(root)
+    with pytest.raises(DataError, match=message) as raised:
+        epoch(root)
+    (fault,) = raised.value.faults
+    assert fault.where is not None
+    assert str(root) in fault.where
+    assert fault.fix is not None
+
+
+def test_an_unknown_split_lists_those_there_are(tmp_path):
+    root = make_images(tmp_path / "set")
+    config = DataConfig.model_validate({"path": str(root), "global_batch": 4, "splits": {"train": "training"}})
+    with pytest.raises(DataError, match="allowed: train, val"):
+        TrainStream(config, seed=0, rank=0, world_size=1, start_samples=0, quarantine_path=None)
