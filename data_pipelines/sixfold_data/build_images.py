@@ -127,7 +127,10 @@ def _image_files(source: Path) -> list[Path]:
     files = [file for file in files_below(source) if file.suffix.lower() in IMAGE_SUFFIXES]
     if not files:
         raise DataError.of(
-            "there are no images in this folder", where=str(source), allowed=", ".join(sorted(IMAGE_SUFFIXES))
+            "there are no images in this folder",
+            where=str(source),
+            allowed=", ".join(sorted(IMAGE_SUFFIXES)),
+            fix="name the folder that holds the images, at any depth",
         )
     return files
 

@@ -95,7 +95,14 @@ def _assign(shards: Sequence[str], patterns: Mapping[str, str] | None) -> dict[s
     if missing:
         assert patterns is not None
         raise DataError(
-            *(Fault(what=f"no tar matches {patterns[name]!r}", where=f"--split {name}=...") for name in missing)
+            *(
+                Fault(
+                    what=f"no tar matches {patterns[name]!r}",
+                    where=f"--split {name}=...",
+                    fix=f"patterns are matched with paths below the root, such as {shards[0]!r}; the first match counts",
+                )
+                for name in missing
+            )
         )
     return by_split
 

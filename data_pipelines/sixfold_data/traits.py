@@ -17,6 +17,7 @@ from sixfold_data.tokenizers import STORAGE_DTYPES
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")  # as decode.py has them, which imports torch
 GREY_MODES = frozenset({"1", "L", "LA"})
 FAULTS_NAMED = 20
+_FIX = "write the shard again without this sample, or restore it from its source"
 
 
 @dataclass
@@ -52,7 +53,7 @@ class Traits:
             if stored is not None:
                 return None, self._note_tokens(read(stored), STORAGE_DTYPES[stored])
         except ValueError as error:
-            self.faults.append(Fault(what=str(error), where=f"{where}: {sample.key}"))
+            self.faults.append(Fault(what=str(error), where=f"{where}: {sample.key}", fix=_FIX))
             return None, None
         return None
 
