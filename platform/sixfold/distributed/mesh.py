@@ -24,11 +24,10 @@ def sharding_mesh(world: World, *, replicate: int) -> DeviceMesh:
             allowed=", ".join(str(n) for n in range(1, world.size + 1) if world.size % n == 0),
             fix="set engine.replicate to the number of nodes, or to 1",
         )
+    shape, names = (replicate, world.size // replicate), ("replicate", "shard")
     if replicate == 1:
-        return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
-    return init_device_mesh(
-        world.device.type, (replicate, world.size // replicate), mesh_dim_names=("replicate", "shard")
-    )
+        return init_device_mesh(world.device.type, shape[1:], mesh_dim_names=names[1:])
+    return init_device_mesh(world.device.type, shape, mesh_dim_names=names)
 
 
 def host_mesh() -> DeviceMesh:

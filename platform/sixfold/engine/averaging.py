@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+
+from sixfold.engine.sharding import local_tensors
 
 
 def average_decay(decay: float, update: int) -> float:
@@ -44,8 +45,3 @@ class MovingAverage:
         """Start the averages at the parameters' present values."""
         for name, value in self.values.items():
             value.copy_(self.parameters[name])
-
-
-def local_tensors(values: Sequence[Tensor]) -> list[Tensor]:
-    """Return the plain tensors this rank holds: shards of DTensors, others as they are."""
-    return [value.to_local() if isinstance(value, DTensor) else value for value in map(Tensor.detach, values)]

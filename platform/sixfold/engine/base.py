@@ -22,12 +22,13 @@ from sixfold.config.base import Component
 from sixfold.distributed.collectives import sum_over_ranks
 from sixfold.distributed.process_group import World
 from sixfold.engine.activation_checkpointing import apply_activation_checkpointing
-from sixfold.engine.averaging import MovingAverage, local_tensors
+from sixfold.engine.averaging import MovingAverage
 from sixfold.engine.config import EngineConfig, OptimizerConfig, ScheduleConfig
 from sixfold.engine.contract import State, StepReport
 from sixfold.engine.optimizers import Updater
 from sixfold.engine.precision import compute_dtype, compute_in
 from sixfold.engine.schedules import learning_rate_factor
+from sixfold.engine.sharding import local_tensors
 from sixfold.models.network import Network, ParameterTag, parameter_tags
 
 

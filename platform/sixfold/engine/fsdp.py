@@ -8,9 +8,10 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard
 
 from sixfold.distributed.mesh import sharding_mesh
 from sixfold.distributed.process_group import ensure_group
@@ -18,6 +19,7 @@ from sixfold.engine.base import RoleSpecification, TorchEngine, network_on_meta
 from sixfold.engine.config import FSDPConfig
 from sixfold.engine.optimizers import build_optimizer
 from sixfold.engine.precision import compute_dtype
+from sixfold.engine.sharding import own_part
 from sixfold.models.network import Network, ParameterTag, initial_value, reset_buffers
 
 
@@ -28,9 +30,10 @@ class FSDPEngine(TorchEngine):
         config = specification.engine
         assert isinstance(config, FSDPConfig)
         ensure_group(specification.world)
-        self._mesh = sharding_mesh(specification.world, replicate=config.replicate)
-        network, tags = network_on_meta(specification)
-        shard(network, self._mesh, config, compute_dtype(config.precision, specification.world.device))
+        with unset_fake_temporarily():  # a rehearsal's mesh must read its ranks, and meta tensors need no fakes
+            self._mesh = sharding_mesh(specification.world, replicate=config.replicate)
+            network, tags = network_on_meta(specification)
+            shard(network, self._mesh, config, compute_dtype(config.precision, specification.world.device))
         network.to_empty(device=specification.world.device)
         initialize_shards(network, tags, seed=specification.seed, role=specification.role)
         optimizer = build_optimizer(specification.optimizer, dict(network.named_parameters()), tags)
@@ -91,6 +94,5 @@ def initialize_shards(network: Network, tags: dict[str, ParameterTag], *, seed: 
     for name, value in network.named_parameters():
         assert isinstance(value, DTensor)
         full: Tensor = initial_value(tags[name], value.shape, seed=seed, role=role, name=name)
-        whole = full.to(value.device)
-        value.copy_(distribute_tensor(whole, value.device_mesh, value.placements, src_data_rank=None))
+        value.to_local().copy_(own_part(full, value))
     reset_buffers(network)

@@ -13,9 +13,10 @@ from typing import Any, Protocol, cast
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard
 
 from sixfold.engine.config import AdamWConfig, AdamWSettings, MuonConfig, OptimizerConfig
+from sixfold.engine.sharding import own_part
 from sixfold.models.network import ParameterTag
 
 Slots = dict[str, dict[str, Tensor]]
@@ -180,7 +181,7 @@ class Muon:
         local = value.to_local() if isinstance(value, DTensor) else value
         if tag.weight_decay:
             local.mul_(1.0 - lr * self._config.weight_decay)
-        local.add_(_own_part(update, value), alpha=-lr * max(1.0, rows / columns) ** 0.5)
+        local.add_(_part_to_apply(update, value), alpha=-lr * max(1.0, rows / columns) ** 0.5)
 
 
 def newton_schulz(matrices: Float[Tensor, "n rows columns"], *, steps: int) -> Float[Tensor, "n rows columns"]:
@@ -232,9 +233,8 @@ def _whole_matrices(value: Tensor) -> Tensor:
     return value.to_local() if _sharded_by_expert(value) else value.full_tensor()
 
 
-def _own_part(update: Tensor, parameter: Tensor) -> Tensor:
+def _part_to_apply(update: Tensor, parameter: Tensor) -> Tensor:
     """Cut what belongs to this rank's shard of ``parameter`` out of an update made by :func:`_whole_matrices`."""
     if not isinstance(parameter, DTensor) or _sharded_by_expert(parameter):
         return update
-    cut = distribute_tensor(update, parameter.device_mesh, parameter.placements, src_data_rank=None)
-    return cut.to_local()
+    return own_part(update, parameter)

@@ -1,0 +1,157 @@
+"""A dry run: one training step of a role at full size and world size, on fake tensors, in one process, without memory.
+
+Shapes, dtypes, sharding and the optimizer's update are all exercised; only the numbers are missing. What a rank would
+hold is then counted from the shards themselves.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
+
+from sixfold.config.base import Component
+from sixfold.distributed.fake import fake_world
+from sixfold.distributed.process_group import World
+from sixfold.engine.base import RoleSpecification, network_on_meta
+from sixfold.engine.config import ConstantScheduleConfig, DeepSpeedConfig, EngineConfig, FSDPConfig, OptimizerConfig
+from sixfold.engine.fsdp import FSDPEngine
+from sixfold.engine.optimizers import build_optimizer
+
+BatchFields = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+"""A micro-batch's fields: shape, first dimension the samples, and dtype."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rehearsal:
+    """What one role costs.
+
+    Attributes:
+        parameters: elements of the whole network.
+        world_size: ranks that were rehearsed.
+        parameter_bytes: fp32 masters that rank 0 holds; likewise gradients, optimizer state and the moving average.
+        gradient_bytes: see above.
+        optimizer_bytes: see above.
+        average_bytes: see above.
+    """
+
+    parameters: int
+    world_size: int
+    parameter_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    average_bytes: int
+
+    @property
+    def bytes_per_rank(self) -> int:
+        """All of the above for rank 0; activations and communication buffers come on top."""
+        return self.parameter_bytes + self.gradient_bytes + self.optimizer_bytes + self.average_bytes
+
+
+def rehearse(
+    network_config: Component,
+    engine_config: EngineConfig,
+    optimizer_config: OptimizerConfig,
+    *,
+    batch_fields: BatchFields,
+    loss: Callable[[nn.Module, Mapping[str, Tensor]], Tensor],
+    world_size: int,
+    averaged: bool = True,
+) -> Rehearsal:
+    """Run forward, backward and an update of one role as rank 0 of ``world_size``, and count what the rank holds.
+
+    FSDP2 runs as it is, on a fake process group. DDP and DeepSpeed run the network unsharded, which proves its shapes,
+    and what their ranks hold is counted from their partitioning.
+
+    Args:
+        network_config: the network.
+        engine_config: how it is sharded.
+        optimizer_config: its update rule.
+        batch_fields: one rank's micro-batch.
+        loss: the objective, as a function of the wrapped network and the micro-batch's fields, to a 0-dimensional sum.
+        world_size: how many ranks to pretend; nothing may have joined a process group yet.
+        averaged: whether the role keeps a moving average.
+
+    Raises:
+        RecipeError: the engine's settings do not fit ``world_size``.
+    """
+    with fake_world(world_size) as world, FakeTensorMode(allow_non_fake_inputs=True):
+        specification = RoleSpecification(
+            engine=engine_config,
+            optimizer=optimizer_config,
+            schedule=ConstantScheduleConfig(),
+            network=network_config,
+            role="rehearsed",
+            seed=0,
+            total_steps=1,
+            ema_decay=0.999 if averaged else None,
+            world=world,
+        )
+        batch = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in batch_fields.items()}
+        if isinstance(engine_config, FSDPConfig):
+            return _rehearse_sharded(specification, batch, loss)
+        return _rehearse_replicated(specification, batch, loss)
+
+
+def _rehearse_sharded(
+    specification: RoleSpecification,
+    batch: Mapping[str, Tensor],
+    loss: Callable[[nn.Module, Mapping[str, Tensor]], Tensor],
+) -> Rehearsal:
+    engine = FSDPEngine(specification)
+    with engine.accumulate(last=True):
+        engine.backward(loss(engine.module, batch))
+    gradients = _bytes(value.grad for value in engine.network.parameters() if value.grad is not None)
+    engine.apply_update(1.0, 1.0)
+    state = engine.checkpoint_state()
+    parameters = {name: value for name, value in state.items() if name.startswith("parameters/")}
+    return Rehearsal(
+        parameters=sum(math.prod(value.shape) for value in parameters.values()),
+        world_size=specification.world.size,
+        parameter_bytes=_bytes(parameters.values()),
+        gradient_bytes=gradients,
+        optimizer_bytes=_bytes(value for name, value in state.items() if name.startswith("optimizer/")),
+        average_bytes=_bytes(value for name, value in state.items() if name.startswith("ema/")),
+    )
+
+
+def _rehearse_replicated(
+    specification: RoleSpecification,
+    batch: Mapping[str, Tensor],
+    loss: Callable[[nn.Module, Mapping[str, Tensor]], Tensor],
+) -> Rehearsal:
+    network, tags = network_on_meta(specification)
+    network.to_empty(device=specification.world.device)
+    torch.autograd.backward(loss(network, batch))
+    parameters = dict(network.named_parameters())
+    optimizer = build_optimizer(specification.optimizer, parameters, tags)
+    optimizer.step(1.0)
+    whole = _bytes(parameters.values())
+    slots = _bytes(value for slots in optimizer.slots().values() for value in slots.values())
+    parts = _partitions(specification.engine, specification.world)
+    return Rehearsal(
+        parameters=sum(value.numel() for value in parameters.values()),
+        world_size=specification.world.size,
+        parameter_bytes=whole // parts["parameters"],
+        gradient_bytes=whole // parts["gradients"],
+        optimizer_bytes=slots // parts["optimizer"],
+        average_bytes=(whole if specification.ema_decay is not None else 0) // parts["optimizer"],
+    )
+
+
+def _partitions(config: EngineConfig, world: World) -> dict[str, int]:
+    """Over how many ranks each part is cut: nothing under DDP, one more part with each ZeRO stage."""
+    stage = config.zero_stage if isinstance(config, DeepSpeedConfig) else 0
+    cut_from = {"optimizer": 1, "gradients": 2, "parameters": 3}
+    return {part: world.size if stage >= first else 1 for part, first in cut_from.items()}
+
+
+def _bytes(values: Iterable[Tensor]) -> int:
+    """Memory of the local tensors."""
+    local = [value.to_local() if isinstance(value, DTensor) else value for value in values]
+    return sum(value.numel() * value.element_size() for value in local)
