@@ -99,19 +99,20 @@ class LocalStore:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self._root = Path(folder).expanduser()
+        self._prefix = f"{self._root}{os.sep}"  # joining paths would cost more than the read itself
         self.url = str(folder)
         self._pins: dict[str, Pin] = {}
         self._descriptors = DescriptorPool()
 
     def read(self, path: str, offset: int, length: int) -> bytes:  # noqa: D102 - see Store, here and below
-        file = self._root / path
+        file = self._prefix + path
         try:
-            data = self._descriptors.pread(str(file), offset, length)
+            data = self._descriptors.pread(file, offset, length)
         except OSError as error:
             raise self._explain(path, error) from error
         pin = self._pins.get(path)
-        if len(data) != length or (pin is not None and self._descriptors.size(str(file)) != pin.size):
-            raise changed(str(file), expected=describe_pin(pin), found=f"{self.size(path)} bytes")
+        if len(data) != length or (pin is not None and self._descriptors.size(file) != pin.size):
+            raise changed(file, expected=describe_pin(pin), found=f"{self.size(path)} bytes")
         return data
 
     def read_file(self, path: str) -> bytes:  # noqa: D102
@@ -185,7 +186,7 @@ class DescriptorPool:
     leaves the pool is closed when the last reader lets go of it.
     """
 
-    def __init__(self, limit: int = 128) -> None:
+    def __init__(self, limit: int = 512) -> None:
         self._limit = limit
         self._open: OrderedDict[str, _Descriptor] = OrderedDict()
 
