@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from model_helpers import mixture, randomized
-from sixfold.models.moe_transformer.dispatch import gather_rows, sum_rows
+from sixfold.models.moe_transformer.dispatch import gather_rows, plan_dispatch, sum_rows
 from sixfold.models.moe_transformer.feed_forward import MixtureOfExperts, SwiGLU
 from sixfold.models.moe_transformer.model import MoETransformer
 from sixfold.models.network import initialize, parameter_tags
@@ -78,13 +78,42 @@ def test_experts_without_tokens_get_zero_gradient():
     assert layer.experts.down.grad[:2].abs().min() > 0
 
 
-def test_gathering_and_adding_rows_are_each_others_transpose():
-    order = torch.tensor([5, 0, 3, 1, 2, 4])
-    places = order.argsort().view(3, 2)
+@pytest.mark.parametrize("multiple", [1, 4])
+def test_gathering_and_adding_rows_have_right_gradients(multiple):
+    torch.manual_seed(0)
+    experts = torch.tensor([[3, 0], [0, 1], [3, 1]])
+    plan = plan_dispatch(experts, torch.tensor([2.0, 2.0, 0.0, 2.0]), multiple)
+    assert plan.ends.tolist() == ([2, 4, 4, 6] if multiple == 1 else [4, 8, 8, 12])
     tokens = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
-    rows = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: gather_rows(x, order // 2, places), tokens)
-    assert torch.autograd.gradcheck(lambda x: sum_rows(x, order // 2, places), rows)
+    rows = torch.randn(len(plan.token_of_row), 4, dtype=torch.float64, requires_grad=True)
+    weights = torch.rand(3, 2, dtype=torch.float64, requires_grad=True)
+    gathered = gather_rows(tokens, plan)
+    for token in range(3):
+        for choice in range(2):
+            row = plan.rows_of_token[token, choice]
+            assert torch.equal(gathered[row], tokens[token])
+            assert (row < plan.ends).nonzero()[0] == experts[token, choice]
+    summed = torch.einsum("tk,tkd->td", weights, rows[plan.rows_of_token])
+    torch.testing.assert_close(sum_rows(rows, weights, plan), summed)
+    assert torch.autograd.gradcheck(lambda rows, weights: sum_rows(rows, weights, plan), (rows, weights))
+    # Rows that pad carry no gradient in training, since `sum_rows` gives them none.
+    kept = torch.zeros(len(plan.token_of_row), 1).index_fill_(0, plan.rows_of_token.flatten(), 1.0)
+    assert torch.autograd.gradcheck(lambda tokens: gather_rows(tokens, plan) * kept, tokens)
+
+
+def test_padded_rows_change_nothing(monkeypatch):
+    config = mixture()
+    layer = layer_of(randomized(config))
+    x = torch.randn(2, 9, config.width, requires_grad=True)
+
+    def run():
+        mixed, _ = layer(x)
+        return [mixed, *torch.autograd.grad(mixed, [x, *layer.parameters()], torch.ones_like(mixed) / 7)]
+
+    expected = run()
+    monkeypatch.setattr("sixfold.models.moe_transformer.feed_forward.row_multiple", lambda dtype, device: 16)
+    for got, wanted in zip(run(), expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("router", ["softmax", "sigmoid"])

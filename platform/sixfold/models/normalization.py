@@ -6,6 +6,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sixfold.models.network import constant, parameter
+from sixfold.models.precision import compute_dtype
 
 
 class RMSNorm(nn.Module):
@@ -17,5 +18,6 @@ class RMSNorm(nn.Module):
         self.weight = parameter(width, tag=constant(1.0))
 
     def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
-        """Normalise in fp32 internally; the result has the type of ``x``."""
-        return nn.functional.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.epsilon)
+        """Normalise in fp32 internally; the result has the type that matrix products run in."""
+        normalized = nn.functional.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.epsilon)
+        return normalized.to(compute_dtype(x))

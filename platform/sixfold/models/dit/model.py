@@ -12,6 +12,7 @@ from sixfold.models.dit.config import DiTConfig
 from sixfold.models.dit.embedding import LabelEmbedding, PatchEmbedding, TimeEmbedding, unpatchify
 from sixfold.models.network import ZERO_MATRIX, Linear, Network, xavier_uniform
 from sixfold.models.normalization import RMSNorm
+from sixfold.models.precision import compute_dtype
 
 _EPSILON = 1e-6
 
@@ -20,7 +21,7 @@ def modulated_norm(
     x: Float[Tensor, "n tokens width"], shift: Float[Tensor, "n 1 width"], scale: Float[Tensor, "n 1 width"]
 ) -> Float[Tensor, "n tokens width"]:
     """LayerNorm(x) * (1 + scale) + shift, the norm without parameters of its own."""
-    return (layer_norm(x, x.shape[-1:], eps=_EPSILON) * (1.0 + scale) + shift).to(x.dtype)
+    return (layer_norm(x, x.shape[-1:], eps=_EPSILON) * (1.0 + scale) + shift).to(compute_dtype(x))
 
 
 class SelfAttention(nn.Module):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import torch
-from jaxtyping import Float, Int32, Int64
+from jaxtyping import Float, Int32
 from torch import Tensor, nn
 
 from sixfold.models.moe_transformer.config import ExpertsConfig, MoETransformerConfig
-from sixfold.models.moe_transformer.dispatch import gather_rows, sum_rows
+from sixfold.models.moe_transformer.dispatch import gather_rows, plan_dispatch, row_multiple, sum_rows
 from sixfold.models.moe_transformer.router import Router, Routing, routing_losses
 from sixfold.models.network import Linear, ParameterTag, normal, parameter
+from sixfold.models.precision import compute_dtype
 
 
 def swiglu(gate_and_up: Float[Tensor, "*batch two_hidden"]) -> Float[Tensor, "*batch hidden"]:
@@ -40,16 +40,12 @@ class Experts(nn.Module):
         self.gate_and_up = parameter(count, 2 * hidden, width, tag=tag)
         self.down = parameter(count, width, hidden, tag=output_tag)
 
-    def forward(
-        self, rows: Float[Tensor, "rows width"], row_weights: Float[Tensor, "rows"], ends: Int32[Tensor, "experts"]
-    ) -> Float[Tensor, "rows width"]:
-        """Expert e maps rows ``ends[e-1]:ends[e]``, each result times its row's weight; an expert may have no rows."""
-        device = rows.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.down.dtype
-        gate_and_up, down = self.gate_and_up.to(dtype), self.down.to(dtype)  # autocast does not know grouped products
+    def forward(self, rows: Float[Tensor, "rows width"], ends: Int32[Tensor, "experts"]) -> Float[Tensor, "rows width"]:
+        """Map rows ``ends[e-1]:ends[e]`` by expert e; an expert may have no rows."""
+        dtype = compute_dtype(rows)  # autocast does not know grouped products
+        gate_and_up, down = self.gate_and_up.to(dtype), self.down.to(dtype)
         hidden = swiglu(nn.functional.grouped_mm(rows.to(dtype), gate_and_up.transpose(-2, -1), offs=ends))
-        weighted = hidden * row_weights[:, None].to(dtype)
-        return nn.functional.grouped_mm(weighted, down.transpose(-2, -1), offs=ends)
+        return nn.functional.grouped_mm(hidden, down.transpose(-2, -1), offs=ends)
 
 
 class MixtureOfExperts(nn.Module):
@@ -71,19 +67,9 @@ class MixtureOfExperts(nn.Module):
         tokens = x.flatten(0, 1)
         routing: Routing = self.router(tokens)
         losses = routing_losses(routing, sequences=len(x))
-        ends = losses["tokens_per_expert"].cumsum(0).to(torch.int32)
-        mixed = self._routed(tokens, routing, ends).view_as(x)
+        plan = plan_dispatch(routing.experts, losses["tokens_per_expert"], row_multiple(compute_dtype(x), x.device))
+        rows = self.experts(gather_rows(tokens, plan), plan.ends)
+        mixed = sum_rows(rows, routing.weights, plan).view_as(x)
         if self.shared is not None:
             mixed = mixed + self.shared(x)
         return mixed, losses
-
-    def _routed(
-        self, tokens: Float[Tensor, "tokens width"], routing: Routing, ends: Int32[Tensor, "experts"]
-    ) -> Float[Tensor, "tokens width"]:
-        """Sort the (token, choice) pairs by expert, apply the experts, and add each token's results."""
-        order: Int64[Tensor, "rows"] = routing.experts.flatten().argsort(stable=True)
-        places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        places = places.view_as(routing.experts)
-        rows = gather_rows(tokens, order // routing.experts.shape[1], places)
-        row_weights = routing.weights.flatten()[order]
-        return sum_rows(self.experts(rows, row_weights, ends), order // routing.experts.shape[1], places)
