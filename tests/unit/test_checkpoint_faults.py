@@ -303,10 +303,19 @@ def test_a_programming_error_is_not_dressed_up_as_the_users(tmp_path, monkeypatc
 
 def test_killed_at_any_moment_nothing_committed_is_lost(tmp_path):
     """Twenty SIGKILLs, of a lone process and of one of two ranks: every restart finds all that was committed, whole."""
-    script = Path(__file__).parent.parent / "checkpoint_killing.py"
-    command = [sys.executable, str(script), str(tmp_path), "20"]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout + done.stderr
-    report = json.loads(done.stdout.splitlines()[-1])
+    report = _die("random", tmp_path, "20")
     assert report["kills"] == 20
     assert report["newest"] >= report["acknowledged"] > 0
+
+
+def test_dying_before_any_file_operation_loses_nothing(tmp_path):
+    """Random kills rarely hit the instants that matter; this visits each of saving, expiring, replacing, restarting."""
+    assert _die("everywhere", tmp_path)["operations"] > 40
+
+
+def _die(*arguments):
+    script = Path(__file__).parent.parent / "checkpoint_killing.py"
+    command = [sys.executable, str(script), *map(str, arguments)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
