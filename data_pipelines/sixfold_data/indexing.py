@@ -99,7 +99,7 @@ def _assign(shards: Sequence[str], patterns: Mapping[str, str] | None) -> dict[s
                 Fault(
                     what=f"no tar matches {patterns[name]!r}",
                     where=f"--split {name}=...",
-                    fix=f"patterns are matched with paths below the root, such as {shards[0]!r}; the first match counts",
+                    fix=f"patterns are matched with paths such as {shards[0]!r}; the first match counts",
                 )
                 for name in missing
             )

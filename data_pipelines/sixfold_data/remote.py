@@ -76,7 +76,7 @@ os.register_at_fork(after_in_child=lambda: _inherited.extend(_alive))
 
 @dataclass
 class _LocalCopy:
-    file: Path
+    file: str
     touched_at: float
 
 
@@ -246,10 +246,10 @@ class RemoteStore:
         if copy is None:
             return None
         if time.monotonic() - copy.touched_at > TOUCH_INTERVAL_S:
-            touch(copy.file)
+            touch(Path(copy.file))
             copy.touched_at = time.monotonic()
         try:
-            return self._descriptors.pread(str(copy.file), offset, length)
+            return self._descriptors.get(copy.file).pread(offset, length)
         except FileNotFoundError:  # evicted since; fetch it again
             del self._files.local[path]
             return None
@@ -259,7 +259,7 @@ class RemoteStore:
         version = self._version(path)
         assert self._cache is not None
         if (file := self._cache.find(self._where(path), version.mark)) is not None:
-            self._files.local[path] = _LocalCopy(file, time.monotonic())
+            self._files.local[path] = _LocalCopy(str(file), time.monotonic())
             return True
         if version.size <= FETCH_AT_ONCE_BYTES or not self._files.serves_ranges:
             return self._fetch(path, version, self._cache, wait=not self._files.serves_ranges) is not None
@@ -309,7 +309,7 @@ class RemoteStore:
             url, version.mark, version.size, lambda descriptor: self._download(path, version, descriptor), wait=wait
         )
         if file is not None:
-            self._files.local[path] = _LocalCopy(file, time.monotonic())
+            self._files.local[path] = _LocalCopy(str(file), time.monotonic())
         return file
 
     def _download(self, path: str, version: Version, descriptor: int) -> None:

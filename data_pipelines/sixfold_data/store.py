@@ -7,6 +7,7 @@ threads and descriptors belong to the process that made them and are made anew w
 from __future__ import annotations
 
 import os
+import resource
 import tempfile
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -105,14 +106,14 @@ class LocalStore:
         self._descriptors = DescriptorPool()
 
     def read(self, path: str, offset: int, length: int) -> bytes:  # noqa: D102 - see Store, here and below
-        file = self._prefix + path
         try:
-            data = self._descriptors.pread(file, offset, length)
+            file = self._descriptors.get(self._prefix + path)
+            data = file.pread(offset, length)
         except OSError as error:
             raise self._explain(path, error) from error
         pin = self._pins.get(path)
-        if len(data) != length or (pin is not None and self._descriptors.size(file) != pin.size):
-            raise changed(file, expected=describe_pin(pin), found=f"{self.size(path)} bytes")
+        if len(data) != length or (pin is not None and file.size != pin.size):
+            raise changed(self._prefix + path, expected=describe_pin(pin), found=f"{file.size} bytes")
         return data
 
     def read_file(self, path: str) -> bytes:  # noqa: D102
@@ -158,7 +159,7 @@ class LocalStore:
     def prefetch(self, path: str) -> None:
         """Ask the kernel to read the file ahead; an absent file is reported when it is read."""
         try:
-            self._descriptors.read_ahead(str(self._root / path))
+            self._descriptors.get(self._prefix + path).read_ahead()
         except OSError:
             return
 
@@ -186,41 +187,45 @@ class DescriptorPool:
     leaves the pool is closed when the last reader lets go of it.
     """
 
-    def __init__(self, limit: int = 512) -> None:
-        self._limit = limit
-        self._open: OrderedDict[str, _Descriptor] = OrderedDict()
+    def __init__(self, limit: int | None = None) -> None:
+        self._limit = limit or descriptor_limit()
+        self._open: OrderedDict[str, OpenFile] = OrderedDict()
 
-    def pread(self, file: str, offset: int, length: int) -> bytes:
+    def get(self, file: str) -> OpenFile:
+        """Return the file, opened now if it was not."""
+        opened = self._open.pop(file, None) or OpenFile(file)
+        self._open[file] = opened
+        if len(self._open) > self._limit:
+            self._open.popitem(last=False)
+        return opened
+
+
+def descriptor_limit() -> int:
+    """Return how many descriptors one store may keep: a quarter of what the process may have, at most 512."""
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return 512 if allowed == resource.RLIM_INFINITY else min(512, max(16, allowed // 4))
+
+
+class OpenFile:
+    """A descriptor, and the size that the file had when it was opened; closed when nobody holds it."""
+
+    def __init__(self, file: str) -> None:
+        self.number = os.open(file, os.O_RDONLY)
+        self.size = os.fstat(self.number).st_size
+
+    def pread(self, offset: int, length: int) -> bytes:
         """Return up to ``length`` bytes, fewer only at the end of the file."""
-        number = self._get(file).number
-        data = os.pread(number, length, offset)
+        data = os.pread(self.number, length, offset)
         while 0 < len(data) < length:  # one call returns at most 2**31 - 4096 bytes
-            more = os.pread(number, length - len(data), offset + len(data))
+            more = os.pread(self.number, length - len(data), offset + len(data))
             if not more:
                 break
             data += more
         return data
 
-    def size(self, file: str) -> int:
-        """Return the size that the file had when it was opened."""
-        return self._get(file).size
-
-    def read_ahead(self, file: str) -> None:
+    def read_ahead(self) -> None:
         """Advise the kernel that the whole file will be read."""
-        os.posix_fadvise(self._get(file).number, 0, 0, os.POSIX_FADV_WILLNEED)
-
-    def _get(self, file: str) -> _Descriptor:
-        descriptor = self._open.pop(file, None) or _Descriptor(file)
-        self._open[file] = descriptor
-        if len(self._open) > self._limit:
-            self._open.popitem(last=False)
-        return descriptor
-
-
-class _Descriptor:
-    def __init__(self, file: str) -> None:
-        self.number = os.open(file, os.O_RDONLY)
-        self.size = os.fstat(self.number).st_size
+        os.posix_fadvise(self.number, 0, 0, os.POSIX_FADV_WILLNEED)
 
     def __del__(self) -> None:
         if hasattr(self, "number"):
