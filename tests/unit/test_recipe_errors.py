@@ -147,12 +147,6 @@ CASES = {
     "warm-up longer than the run": spoilt(
         FLOW, "warmup_steps: 5", "warmup_steps: 100", "warm-up never ends", "@warmup_steps", "schedule.warmup_steps=5"
     ),
-    "warm-up into the decay": given(
-        "warm-up and decay overlap",
-        "override schedule={type: wsd",
-        "lower schedule.warmup_steps",
-        "schedule={type: wsd, warmup_steps: 60, decay_fraction: 0.5}",
-    ),
     "ZeRO with Muon": given(
         "Muon whole matrices", "@type: muon", "optimizer.type=adamw", "engine={type: deepspeed}", text=TEXT
     ),

@@ -55,10 +55,13 @@ def run(
         return
 
     from sixfold.recipe.checks import check_recipe
+    from sixfold.train.fitting import check_data_fits
     from sixfold.train.run_folder import prepare_run_folder
+    from sixfold_data.describe import describe
     from sixfold_launchers.local import launch
 
     check_recipe(loaded.recipe, nproc, provenance=loaded.provenance)
+    check_data_fits(loaded.recipe, describe(loaded.recipe.data))
     folder = prepare_run_folder(loaded.recipe, run_dir, resume=resume == "auto")
     typer.echo(f"{loaded.recipe.name}: run {folder.run_id} in {folder.path}")
     outcome = launch(folder.path, ranks=nproc, max_restarts=max_restarts)
@@ -121,4 +124,5 @@ def export(
     from sixfold.tracking.runs import find_run
     from sixfold.train.inference import export_run
 
-    typer.echo(f"wrote {export_run(find_run(run), out=out, averaged=averaged)}")
+    for path in export_run(find_run(run), out=out, averaged=averaged):
+        typer.echo(f"wrote {path}")

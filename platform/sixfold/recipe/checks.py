@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from sixfold.config.provenance import Provenance
 from sixfold.config.schema import nearest, spell_plain
-from sixfold.engine.config import DeepSpeedConfig, FSDPConfig, MuonConfig, WSDConfig
+from sixfold.engine.config import DeepSpeedConfig, FSDPConfig, MuonConfig
 from sixfold.errors import Fault, RecipeError
 from sixfold.models.dit.config import DiTConfig
 from sixfold.objectives.denoising.config import DenoisingConfig
@@ -256,25 +256,17 @@ def _labels_for_metrics(checked: _Checked) -> Iterator[Fault]:
         )
 
 
-def _schedules_end(checked: _Checked) -> Iterator[Fault]:
-    """Warm-up, and the decay of WSD, end within the run."""
+def _warm_up_ends(checked: _Checked) -> Iterator[Fault]:
+    """Warm-up ends within the run; where it overlaps the decay of a short rehearsal, the decay waits for it."""
     steps = checked.recipe.train.steps
     for role in checked.recipe.objective.role_names:
         schedule, key = checked.recipe.schedule_of(role), checked.role_key(role, "schedule")
-        decay = schedule.decay_fraction if isinstance(schedule, WSDConfig) else 0.0
-        if schedule.warmup_steps >= steps:
+        if schedule.warmup_steps > steps:
             yield checked.fault(
                 f"{checked.say(f'{key}.warmup_steps', 'train.steps')}: warm-up never ends",
                 at=f"{key}.warmup_steps",
-                allowed=f"less than {steps}",
+                allowed=f"up to {steps}",
                 fix=f"set {key}.warmup_steps={steps // 20}, or raise train.steps",
-            )
-        elif schedule.warmup_steps > round(steps * (1.0 - decay)):
-            yield checked.fault(
-                f"{checked.say(f'{key}.warmup_steps', f'{key}.decay_fraction')}: warm-up and decay overlap",
-                at=f"{key}.warmup_steps",
-                allowed=f"up to {round(steps * (1.0 - decay))}",
-                fix=f"lower {key}.warmup_steps or {key}.decay_fraction, or raise train.steps",
             )
 
 
@@ -322,7 +314,7 @@ _CHECKS: tuple[Callable[[_Checked], Iterator[Fault]], ...] = (
     _sampler_fits,
     _guidance_has_null,
     _metrics_fit,
-    _schedules_end,
+    _warm_up_ends,
     _engines_fit,
     _milestones_are_saved,
 )

@@ -14,7 +14,8 @@ from sixfold.engine.contract import Engine
 from sixfold.objectives.contract import Objective, Progress
 from sixfold.recipe.recipe import Recipe
 from sixfold.train.loop import Training
-from sixfold_data.stream import TrainStream, describe
+from sixfold_data.describe import describe
+from sixfold_data.stream import TrainStream
 
 
 def assemble(recipe: Recipe, world: World, *, samples: int = 0, quarantine: Path | None = None) -> Training:

@@ -7,15 +7,19 @@ log before the checkpoint that makes the step final.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+
+from pydantic import Field
 
 from sixfold.checkpoint.checkpointer import Checkpointer
+from sixfold.config.base import Config
 from sixfold.objectives.contract import Progress
+from sixfold.tracking.events import EventLog
 from sixfold.train.display import Display
 from sixfold.train.evaluator import Evaluator
 from sixfold.train.loop import StepRecord, Training
-from sixfold.tracking.events import EventLog
 
 
 def due(step: int, every: int | None, total: int) -> bool:
@@ -95,16 +99,29 @@ class Log:
 
 @dataclass(kw_only=True)
 class Evaluate:
-    """Measures held-out quality and draws samples on the averaged weights, then hands the figures to the log."""
+    """Measures held-out quality and shows samples, both on the averaged weights where the recipe keeps them."""
 
     evaluator: Evaluator
     log: Log
+    folder: Path
 
     def __call__(self, training: Training, record: StepRecord) -> None:
         """Evaluate when due."""
-        if due(record.progress.step, self.evaluator.every_steps, record.progress.total_steps):
-            values = self.evaluator.measure(training.objective, training.engines, step=record.progress.step)
-            self.log.write(record.progress, values)
+        step = record.progress.step
+        if not due(step, self.evaluator.config.every_steps, record.progress.total_steps):
+            return
+        with ExitStack() as averages:
+            for engine in training.engines.values():
+                averages.enter_context(engine.averaged())
+            values = self.evaluator.measure(training.objective, training.networks)
+            samples = self.evaluator.samples_to_show(training.networks)
+        self.log.write(record.progress, values)
+        facts = "  ".join(f"{name.removeprefix('val/')} {value:.4g}" for name, value in values.items())
+        self.log.display.note(f"step {step}: {facts}")
+        if samples is not None and self.log.events is not None:
+            path = samples.write_overview(self.folder, f"step_{step:09d}")
+            record_file = self.log.events.image if samples.are_images else self.log.events.text
+            record_file(key="samples", step=step, path=path)
 
 
 @dataclass(kw_only=True)
@@ -120,7 +137,8 @@ class Checkpoint:
         progress = record.progress
         if due(progress.step, self.every_steps, progress.total_steps) or record.stop_requested:
             states = {role: engine.checkpoint_state() for role, engine in training.engines.items()}
-            report = self.checkpointer.save(progress.step, states, saved_extra(training))
+            extra = SavedExtra(samples=progress.samples, data=training.stream.state())
+            report = self.checkpointer.save(progress.step, states, extra.model_dump(mode="json"))
             self.log.add({"ckpt/stall_s": report.stall_s})
         self.publish()
 
@@ -132,9 +150,8 @@ class Checkpoint:
                 self.log.events.checkpoint(step=committed.step, uri=committed.uri)
 
 
-def saved_extra(training: Training) -> dict[str, Any]:
-    """What a checkpoint holds besides tensors: progress and the data state, as JSON."""
-    return {
-        "progress": {"samples": training.progress.samples, "step": training.progress.step},
-        "data": training.stream.state(),
-    }
+class SavedExtra(Config):
+    """What a checkpoint holds besides tensors: samples consumed, and the data state that fixes their order."""
+
+    samples: int = Field(ge=0, description="Samples consumed.")
+    data: dict[str, int | str] = Field(description="The stream's state.")

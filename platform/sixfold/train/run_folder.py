@@ -36,6 +36,11 @@ class RunFolder:
         return self.path / "samples"
 
     @property
+    def features(self) -> Path:
+        """Feature extractors trained for evaluation."""
+        return self.path / "features"
+
+    @property
     def quarantine(self) -> Path:
         """The log of samples that could not be read."""
         return self.path / "quarantine.jsonl"

@@ -11,8 +11,9 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from sixfold.checkpoint.checkpointer import Checkpointer
@@ -28,8 +29,8 @@ from sixfold.tracking.tracker import open_tracker
 from sixfold.train.assembly import assemble, open_checkpointer, open_stream, progress_at
 from sixfold.train.display import Display, open_display
 from sixfold.train.evaluator import Evaluator
-from sixfold.train.hooks import Checkpoint, Evaluate, Log
-from sixfold.train.loop import Training, train
+from sixfold.train.hooks import Checkpoint, Evaluate, Log, SavedExtra
+from sixfold.train.loop import Hook, Training, train
 from sixfold.train.performance import peak_flops_per_second, training_flops_per_sample
 from sixfold.train.run_folder import RunFolder
 
@@ -68,123 +69,133 @@ def run(folder: RunFolder) -> Status:
     stop_requested = StopRequest()
     recipe = load_recipe(folder.recipe).recipe
     world = process_group.join()
-    training = assemble(recipe, world, quarantine=folder.quarantine)
-    checkpointer = open_checkpointer(recipe, world, folder.checkpoints)
-    notes: list[str] = []
-    restore(recipe, world, folder, training, checkpointer, notes)
+    job = Job(
+        recipe=recipe,
+        world=world,
+        folder=folder,
+        training=assemble(recipe, world, quarantine=folder.quarantine),
+        checkpointer=open_checkpointer(recipe, world, folder.checkpoints),
+    )
     status: Status = "failed"
-    with _recording(recipe, world, folder, training) as (events, display):
+    notes: list[str] = []
+    job.restore(notes.append)
+    with job.recording() as (events, display):
         for note in notes:
             display.note(note)
         try:
-            status = _train_with_rollback(
-                recipe, world, folder, training, checkpointer, events, display, stop_requested
-            )
+            status = job.train(events, display, stop_requested)
         finally:
             if events is not None:
-                events.finished(step=training.progress.step, status=status)
-    checkpointer.close()
-    training.stream.close()
-    for engine in training.engines.values():
-        engine.close()
+                events.finished(step=job.training.progress.step, status=status)
+    job.close()
     return status
 
 
-def restore(
-    recipe: Recipe, world: World, folder: RunFolder, training: Training, checkpointer: Checkpointer, notes: list[str]
-) -> bool:
-    """Take over the newest checkpoint that verifies, if there is one; every newer one that does not is noted."""
-    candidate = checkpointer.newest_verified(notes.append)
-    if candidate is None:
-        return False
-    templates = {role: engine.checkpoint_template() for role, engine in training.engines.items()}
-    extra = checkpointer.load(candidate, templates)
-    for role, engine in training.engines.items():
-        engine.load_checkpoint_state(templates[role])
-    saved = extra["progress"]
-    assert isinstance(saved, dict)
-    assert isinstance(extra["data"], dict)
-    training.stream.check_state(extra["data"])
-    training.stream.close()
-    samples = saved["samples"]
-    assert isinstance(samples, int)
-    training.stream = open_stream(recipe, world, samples=samples, quarantine=folder.quarantine)
-    training.progress = progress_at(recipe, samples)
-    notes.append(f"resumed after step {training.progress.step} from {candidate.uri}")
-    return True
+@dataclass(kw_only=True)
+class Job:
+    """One attempt of a run on this rank."""
 
+    recipe: Recipe
+    world: World
+    folder: RunFolder
+    training: Training
+    checkpointer: Checkpointer
 
-@contextmanager
-def _recording(
-    recipe: Recipe, world: World, folder: RunFolder, training: Training
-) -> Iterator[tuple[EventLog | None, Display]]:
-    """The event log with its tracker, on rank 0 alone, and the display, on all ranks."""
-    display = open_display(
-        rank=world.rank, total_steps=recipe.train.steps, start_step=training.progress.step, name=recipe.name
-    )
-    if world.rank != 0:
-        yield None, display
-        return
-    events = EventLog(folder.path)
-    events.begin(step=training.progress.step)
-    tracker = open_tracker(
-        recipe.tracking,
-        events,
-        run_id=folder.run_id,
-        recipe_name=recipe.name,
-        params=recipe.model_dump(mode="json"),
-        tags=collect_environment().as_tags(),
-        recipe_path=folder.recipe,
-    )
-    try:
-        yield events, display
-    finally:
-        display.close()
-        tracker.close()
-        display.note(f"tracked at {tracker.where}")
-        events.close()
+    def restore(self, note: Callable[[str], None]) -> bool:
+        """Take over the newest checkpoint that verifies; ``note`` hears which, and why newer ones were passed over.
 
+        Returns:
+            Whether there was one.
+        """
+        candidate = self.checkpointer.newest_verified(note)
+        if candidate is None:
+            return False
+        engines = self.training.engines
+        templates = {role: engine.checkpoint_template() for role, engine in engines.items()}
+        extra = self.checkpointer.load(candidate, templates)
+        for role, engine in engines.items():
+            engine.load_checkpoint_state(templates[role])
+        saved = SavedExtra.model_validate(extra)
+        self.training.stream.check_state(saved.data)
+        self.training.stream.close()
+        samples = saved.samples
+        self.training.stream = open_stream(self.recipe, self.world, samples=samples, quarantine=self.folder.quarantine)
+        self.training.progress = progress_at(self.recipe, samples)
+        note(f"resumed after step {self.training.progress.step} from {candidate.uri}")
+        return True
 
-def _train_with_rollback(
-    recipe: Recipe,
-    world: World,
-    folder: RunFolder,
-    training: Training,
-    checkpointer: Checkpointer,
-    events: EventLog | None,
-    display: Display,
-    stop_requested: StopRequest,
-) -> Status:
-    """Train; when the budget of skipped steps is spent, go back once to the last good checkpoint, then give up."""
-    log = Log(
-        events=events,
-        display=display,
-        every_steps=recipe.train.log_every_steps,
-        tokens_per_sample=tokens_per_sample(recipe),
-        training_flops_per_sample=training_flops_per_sample(recipe, training),
-        peak_flops_per_second=peak_flops_per_second(world, recipe) * world.size,
-    )
-    evaluator = Evaluator(recipe, world, folder, events, display) if recipe.evaluation is not None else None
-    checkpoint = Checkpoint(checkpointer=checkpointer, log=log, every_steps=recipe.checkpoint.every_steps)
-    hooks = [*([Evaluate(evaluator=evaluator, log=log)] if evaluator else []), log, checkpoint]
-    rolled_back = False
-    while True:
+    @contextmanager
+    def recording(self) -> Iterator[tuple[EventLog | None, Display]]:
+        """The event log with its tracker, on rank 0 alone, and the display, on all ranks."""
+        recipe, start_step = self.recipe, self.training.progress.step
+        display = open_display(
+            rank=self.world.rank, total_steps=recipe.train.steps, start_step=start_step, name=recipe.name
+        )
+        if self.world.rank != 0:
+            yield None, display
+            return
+        events = EventLog(self.folder.path)
+        events.begin(step=start_step)
+        tracker = open_tracker(
+            recipe.tracking,
+            events,
+            run_id=self.folder.run_id,
+            recipe_name=recipe.name,
+            params=recipe.model_dump(mode="json"),
+            tags=collect_environment().as_tags(),
+            recipe_path=self.folder.recipe,
+        )
         try:
-            complete = train(training, hooks, stop_requested)
-        except TrainingError:
-            spent_at = training.progress.step
-            notes: list[str] = []
-            if rolled_back or not restore(recipe, world, folder, training, checkpointer, notes):
-                raise
-            rolled_back = True
-            training.consecutive_skips = 0
-            if events is not None:
-                events.rolled_back(from_step=spent_at, to_step=training.progress.step)
-            display.note(f"too many skipped steps by step {spent_at}: {notes[-1]}")
-            continue
-        checkpointer.wait()
-        checkpoint.publish()
-        return "finished" if complete else "interrupted"
+            yield events, display
+        finally:
+            display.close()
+            tracker.close()
+            display.note(f"tracked at {tracker.where}")
+            events.close()
+
+    def train(self, events: EventLog | None, display: Display, stop_requested: StopRequest) -> Status:
+        """Train; when the budget of skipped steps is spent, go back once to the last good checkpoint, then give up."""
+        hooks, checkpoint = self._hooks(events, display)
+        rolled_back = False
+        while True:
+            try:
+                complete = train(self.training, hooks, stop_requested)
+            except TrainingError:
+                spent_at = self.training.progress.step
+                if rolled_back or not self.restore(display.note):
+                    raise
+                rolled_back = True
+                self.training.consecutive_skips = 0
+                if events is not None:
+                    events.rolled_back(from_step=spent_at, to_step=self.training.progress.step)
+                continue
+            self.checkpointer.wait()
+            checkpoint.publish()
+            return "finished" if complete else "interrupted"
+
+    def _hooks(self, events: EventLog | None, display: Display) -> tuple[list[Hook], Checkpoint]:
+        recipe, world = self.recipe, self.world
+        log = Log(
+            events=events,
+            display=display,
+            every_steps=recipe.train.log_every_steps,
+            tokens_per_sample=tokens_per_sample(recipe),
+            training_flops_per_sample=training_flops_per_sample(recipe, self.training),
+            peak_flops_per_second=peak_flops_per_second(world, recipe) * world.size,
+        )
+        checkpoint = Checkpoint(checkpointer=self.checkpointer, log=log, every_steps=recipe.checkpoint.every_steps)
+        if recipe.evaluation is None:
+            return [log, checkpoint], checkpoint
+        evaluator = Evaluator(recipe, world, self.folder.features)
+        evaluate = Evaluate(evaluator=evaluator, log=log, folder=self.folder.samples)
+        return [evaluate, log, checkpoint], checkpoint
+
+    def close(self) -> None:
+        """Release everything that communicates or holds tensors, so that the job can be left cleanly."""
+        self.checkpointer.close()
+        self.training.stream.close()
+        for engine in self.training.engines.values():
+            engine.close()
 
 
 def _end_with_parent() -> None:

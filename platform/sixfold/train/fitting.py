@@ -1,0 +1,77 @@
+"""Checks of a recipe against the data it names, before anything starts; every fault is collected."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from sixfold.errors import Fault, RecipeError
+from sixfold.models.dit.config import DiTConfig
+from sixfold.models.moe_transformer.config import MoETransformerConfig
+from sixfold.recipe.recipe import Recipe
+from sixfold_data.describe import DataInfo
+
+
+def check_data_fits(recipe: Recipe, info: DataInfo) -> None:
+    """Check that the networks take what the data set holds.
+
+    Raises:
+        RecipeError: with every fault.
+    """
+    faults = [*_splits_exist(recipe, info)]
+    for name in recipe.objective.network_names:
+        network = recipe.networks[name]
+        if isinstance(network, DiTConfig):
+            faults += _image_faults(name, network, info)
+        if isinstance(network, MoETransformerConfig):
+            faults += _text_faults(name, network, info)
+    if faults:
+        raise RecipeError(*faults)
+
+
+def _splits_exist(recipe: Recipe, info: DataInfo) -> Iterator[Fault]:
+    wanted = {"data.splits.train": recipe.data.splits.train}
+    if recipe.evaluation is not None:
+        wanted["data.splits.evaluation"] = recipe.data.splits.evaluation
+    for key, split in wanted.items():
+        if not info.samples.get(split):
+            yield Fault(
+                what=f"{key} is {split!r}, and the data set has no samples of that split",
+                where=", ".join(recipe.data.paths),
+                allowed=", ".join(name for name, samples in info.samples.items() if samples) or "none",
+                fix=f"set {key} to one of these, or build the data set with such a split",
+            )
+
+
+def _image_faults(name: str, network: DiTConfig, info: DataInfo) -> Iterator[Fault]:
+    if info.kind == "text":
+        yield _fault(
+            f"networks.{name}.type", network.type, "text", "train a language model on it: objective.type=next_token"
+        )
+        return
+    if info.image_size != (network.image_size, network.image_size):
+        found = "several sizes" if info.image_size is None else "x".join(map(str, info.image_size))
+        key = f"networks.{name}.image_size"
+        yield _fault(
+            key, network.image_size, f"images of {found}", f"set data.image_size={network.image_size}, or {key}"
+        )
+    if info.channels != network.channels:
+        key = f"networks.{name}.channels"
+        yield _fault(key, network.channels, f"{info.channels} channels", f"set {key}={info.channels}")
+    if network.classes not in (0, len(info.classes)):
+        key = f"networks.{name}.classes"
+        yield _fault(key, network.classes, f"{len(info.classes)} classes", f"set {key}={len(info.classes)}")
+
+
+def _text_faults(name: str, network: MoETransformerConfig, info: DataInfo) -> Iterator[Fault]:
+    if info.kind != "text":
+        yield _fault(
+            f"networks.{name}.type", network.type, info.kind, "train a denoiser on it: objective.type=denoising"
+        )
+    elif info.vocabulary_size is not None and network.vocab_size < info.vocabulary_size:
+        key = f"networks.{name}.vocab_size"
+        rounded = -(-info.vocabulary_size // 8) * 8
+        yield _fault(key, network.vocab_size, f"{info.vocabulary_size} tokens", f"set {key}={rounded}")
+
+
+def _fault(key: str, value: object, held: str, fix: str) -> Fault:
+    return Fault(what=f"{key} is {value}, but the data set holds {held}", where=key, fix=fix)

@@ -1,0 +1,141 @@
+"""Using a trained run in one process, without engines: sampling, evaluation, export."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from sixfold.checkpoint.export import export_safetensors, read_parameters
+from sixfold.checkpoint.verification import Candidate, newest_verified
+from sixfold.distributed.process_group import World
+from sixfold.errors import UserError
+from sixfold.models.network import reset_buffers
+from sixfold.objectives.contract import Objective
+from sixfold.recipe.load import load_recipe
+from sixfold.recipe.recipe import Recipe
+from sixfold.samplers.contract import Sampler, SampleRequest
+from sixfold.train.evaluator import Evaluator
+from sixfold.train.run_folder import RunFolder
+from sixfold.train.samples import Samples, conditions_of
+from sixfold_data.describe import describe
+
+_BATCH = 256
+_PREVIEW_CHARACTERS = 600
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """A run's newest verified checkpoint, its networks ready to compute."""
+
+    recipe: Recipe
+    candidate: Candidate
+    objective: Objective
+    networks: Mapping[str, nn.Module]
+    device: torch.device
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """What a draw wrote, and lines to show of it."""
+
+    step: int
+    folder: Path
+    files: list[Path]
+    preview: list[str]
+
+
+def load_trained(run: Path) -> Trained:
+    """Load a run's networks from its newest checkpoint that verifies, averaged where the recipe keeps an average.
+
+    Raises:
+        UserError: the run has no checkpoint yet.
+        CheckpointError: none of its checkpoints verifies.
+    """
+    folder = RunFolder(run)
+    recipe = load_recipe(folder.recipe).recipe
+    candidate = _newest(folder)
+    objective: Objective = recipe.objective.load()(recipe.objective, recipe.networks)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    networks = {}
+    for role, part in objective.roles.items():
+        network: nn.Module = recipe.networks[part.network].load()(recipe.networks[part.network])
+        reset_buffers(network)
+        parameters = read_parameters(candidate, role, averaged=recipe.train.ema_decay is not None)
+        network.load_state_dict(parameters)
+        networks[role] = network.to(device).eval().requires_grad_(False)
+    return Trained(recipe=recipe, candidate=candidate, objective=objective, networks=networks, device=device)
+
+
+@torch.no_grad()
+def sample_run(
+    run: Path, *, count: int, seed: int, steps: int | None, out: Path | None, label: int | None, prompt: str | None
+) -> Written:
+    """Draw samples and write them to ``out`` (by default ``samples/drawn-step_N`` in the run folder).
+
+    Raises:
+        UserError: the run has no sampler or no checkpoint, or the label or prompt does not fit it.
+    """
+    trained = load_trained(run)
+    recipe, step = trained.recipe, trained.candidate.step
+    if recipe.sampling is None:
+        raise UserError.of("the run's recipe has no sampling section", where=str(run), fix="add one and resume the run")
+    info = describe(recipe.data)
+    conditions = conditions_of(recipe, info, count, label=label, prompt=prompt)
+    sampler: Sampler = recipe.sampling.load()(recipe.sampling, recipe.objective, recipe.networks)
+    parts = []
+    for numbers in torch.arange(count).split(_BATCH):
+        chosen = {name: value[numbers].to(trained.device) for name, value in conditions.items()}
+        request = SampleRequest(seed=seed, numbers=numbers.to(trained.device), conditions=chosen, steps=steps)
+        parts.append({name: value.cpu() for name, value in sampler(trained.networks, request).items()})
+    fields = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    samples = Samples(fields=fields, conditions=conditions, info=info)
+    folder = out if out is not None else RunFolder(run).samples / f"drawn-step_{step}"
+    files = samples.write_all(folder)
+    preview = [] if samples.are_images else [text[:_PREVIEW_CHARACTERS] for text in samples.texts[:1]]
+    return Written(step=step, folder=folder, files=files, preview=preview)
+
+
+def evaluate_run(run: Path) -> dict[str, float]:
+    """Measure a run's newest checkpoint as its recipe's ``evaluation`` says.
+
+    Raises:
+        UserError: the recipe has no evaluation section, or the run no checkpoint.
+    """
+    trained = load_trained(run)
+    if trained.recipe.evaluation is None:
+        raise UserError.of(
+            "the run's recipe has no evaluation section", where=str(run), fix="add one and resume the run"
+        )
+    evaluator = Evaluator(trained.recipe, World(device=trained.device), RunFolder(run).features)
+    values = evaluator.measure(trained.objective, trained.networks)
+    return {"step": float(trained.candidate.step), **values}
+
+
+def export_run(run: Path, *, out: Path, averaged: bool) -> list[Path]:
+    """Write each role's newest weights as safetensors: ``out``, or ``out-<role>`` where there are several roles.
+
+    Raises:
+        UserError: the file exists, or the run has no checkpoint.
+    """
+    folder = RunFolder(run)
+    recipe, candidate = load_recipe(folder.recipe).recipe, _newest(folder)
+    roles = recipe.objective.role_names
+    files = [out if len(roles) == 1 else out.with_stem(f"{out.stem}-{role}") for role in roles]
+    for role, file in zip(roles, files, strict=True):
+        if file.exists():
+            raise UserError.of("the file exists", where=str(file), fix="name another with --out")
+        export_safetensors(candidate, role, averaged=averaged and recipe.train.ema_decay is not None, out=file)
+    return files
+
+
+def _newest(folder: RunFolder) -> Candidate:
+    candidate = newest_verified(folder.checkpoints, print)
+    if candidate is None:
+        raise UserError.of(
+            "the run has no checkpoint yet", where=str(folder.path), fix="wait for checkpoint.every_steps, or resume it"
+        )
+    return candidate

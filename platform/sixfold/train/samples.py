@@ -1,0 +1,107 @@
+"""Samples as people look at them: a labelled grid of pictures, or texts; and as arrays for other programs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sixfold.errors import UserError
+from sixfold.evaluation.grid import to_picture, write_sample_grid
+from sixfold.recipe.recipe import Recipe
+from sixfold.samplers.config import AutoregressiveConfig
+from sixfold_data.describe import DataInfo
+
+
+def conditions_of(
+    recipe: Recipe, info: DataInfo, count: int, *, label: int | None = None, prompt: str | None = None
+) -> dict[str, Tensor]:
+    """One condition a sample: the label or prompt asked for, else all classes in turn, or the recipe's own prompt.
+
+    Raises:
+        UserError: the label or prompt does not fit what the recipe generates.
+    """
+    if isinstance(recipe.sampling, AutoregressiveConfig):
+        if label is not None:
+            raise UserError.of("--label is for images, this run generates text", where=recipe.name, fix="use --prompt")
+        return _prompt(info, recipe.sampling.prompt if prompt is None else prompt, count)
+    if prompt is not None:
+        raise UserError.of("--prompt is for text, this run generates images", where=recipe.name, fix="use --label")
+    if label is not None and label >= len(info.classes):
+        names = (
+            ", ".join(f"{number} {name}" for number, name in enumerate(info.classes)) or "none: there are no classes"
+        )
+        raise UserError.of(f"there is no class {label}", where="--label", allowed=names, fix="choose one of these")
+    if not info.classes:
+        return {}
+    return {"label": torch.arange(count) % len(info.classes) if label is None else torch.full((count,), label)}
+
+
+def _prompt(info: DataInfo, prompt: str, count: int) -> dict[str, Tensor]:
+    """The prompt of every sample, after the token that ends the document before it."""
+    assert info.tokenizer is not None, "text data come with their tokenizer"
+    tokens = np.concatenate([[info.tokenizer.end_of_text], info.tokenizer.encode(prompt)]).astype(np.int64)
+    return {"prompt": torch.from_numpy(tokens).expand(count, -1)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """Drawn fields (``image`` or ``tokens``), what they were drawn for, and the data that give both a meaning."""
+
+    fields: Mapping[str, Tensor]
+    conditions: Mapping[str, Tensor]
+    info: DataInfo
+
+    @property
+    def are_images(self) -> bool:
+        """Whether the samples are pictures."""
+        return "image" in self.fields
+
+    @property
+    def texts(self) -> list[str]:
+        """The samples as texts; the tokenizer's end-of-text tokens are left out."""
+        assert self.info.tokenizer is not None, "tokens come with the tokenizer of the data they were trained on"
+        tokenizer = self.info.tokenizer
+        # A network's vocabulary may be rounded up beyond the tokenizer's.
+        rows = (row[row < tokenizer.vocabulary_size] for row in self.fields["tokens"].cpu().numpy())
+        return [tokenizer.decode(row) for row in rows]
+
+    @property
+    def captions(self) -> list[str] | None:
+        """The class of each sample."""
+        labels = self.conditions.get("label")
+        return None if labels is None else [self.info.classes[int(label)] for label in labels]
+
+    def write_overview(self, folder: Path, name: str) -> Path:
+        """Write one file to look at, ``<name>.png`` (a labelled grid) or ``<name>.txt``, and return its path."""
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.are_images:
+            path = folder / f"{name}.png"
+            write_sample_grid(path, self.fields["image"], self.captions)
+            return path
+        path = folder / f"{name}.txt"
+        separator = "\n" + "-" * 40 + "\n"
+        path.write_text(separator.join(self.texts), encoding="utf-8")
+        return path
+
+    def write_all(self, folder: Path) -> list[Path]:
+        """Write every sample (PNG files, or one JSONL), an overview, and ``samples.npz`` with all arrays."""
+        folder.mkdir(parents=True, exist_ok=True)
+        written = [self.write_overview(folder, "grid" if self.are_images else "texts")]
+        if self.are_images:
+            for number, image in enumerate(self.fields["image"]):
+                written.append(folder / f"sample-{number:06d}.png")
+                to_picture(image).save(written[-1])
+        else:
+            written.append(folder / "samples.jsonl")
+            lines = [json.dumps({"number": number, "text": text}) for number, text in enumerate(self.texts)]
+            written[-1].write_text("\n".join(lines) + "\n", encoding="utf-8")
+        written.append(folder / "samples.npz")
+        arrays = {name: value.cpu().numpy() for name, value in {**self.fields, **self.conditions}.items()}
+        np.savez(written[-1], **arrays)  # type: ignore[arg-type]  # numpy types its keyword arguments as its own flag
+        return written
