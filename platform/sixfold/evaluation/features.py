@@ -128,8 +128,9 @@ def train_classifier(training: LabelledImages, *, seed: int = 0) -> SmallClassif
     """Train a classifier, as a function of the data and the seed alone, on images shifted by up to a pixel."""
     labels = training.require_labels()
     generator = torch.Generator().manual_seed(seed)
-    network = SmallClassifier(training.images.shape[1], int(labels.max()) + 1)
-    _draw_weights(network, generator)
+    with torch.device("meta"):  # so that no weight is drawn from the global generator
+        network = SmallClassifier(training.images.shape[1], int(labels.max()) + 1)
+    _draw_weights(network.to_empty(device="cpu"), generator)
     optimizer = torch.optim.AdamW(network.parameters(), lr=_PEAK_LR, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=_PEAK_LR, total_steps=_STEPS)
     with torch.enable_grad():
@@ -172,7 +173,7 @@ def _read(path: Path) -> ClassifierFeatures:
 
 
 def _draw_weights(network: nn.Module, generator: torch.Generator) -> None:
-    """Draw He-normal weights and zero biases from ``generator``, leaving the global one alone."""
+    """Draw He-normal weights from ``generator``; biases are zero."""
     with torch.no_grad():
         for value in network.parameters():
             if value.ndim == 1:

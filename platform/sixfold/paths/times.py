@@ -33,7 +33,7 @@ def time_at_quantile(config: TimeConfig, path: AffinePath, quantile: Float[Tenso
         case LogitNormalTimeConfig():
             fraction = torch.sigmoid(config.mean + config.std * torch.special.ndtri(quantile))
         case ModeTimeConfig():
-            fraction = quantile + config.scale * (torch.sin(0.5 * math.pi * quantile) ** 2 - quantile)
+            fraction = quantile - config.scale * (torch.sin(0.5 * math.pi * quantile) ** 2 - quantile)
         case _:
             assert_never(config)
     return path.shift(path.time_data + (path.time_noise - path.time_data) * fraction, config.shift)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from sixfold.distributed.randomness import PositionRandom
-from sixfold.errors import DataError
+from sixfold.errors import DataError, RecipeError
 from sixfold.objectives.contract import Batch, LossTerms, Networks, Phase, Progress, Role, Sum
 from sixfold.objectives.denoising.config import DenoisingConfig
 from sixfold.objectives.stratification import stratified_quantiles
@@ -20,13 +20,39 @@ from sixfold.paths.times import time_at_quantile
 from sixfold.paths.weightings import loss_weight
 
 
+@runtime_checkable
 class DenoiserConfig(Protocol):
-    """What a denoiser's settings tell: which batch fields condition it, and each one's value for "absent"."""
+    """What a denoiser's settings tell: the shape of its images, its conditions, and each one's value for "absent"."""
+
+    @property
+    def channels(self) -> int:
+        """Channels of one image."""
+        ...
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of one image."""
+        ...
 
     @property
     def null_values(self) -> Mapping[str, int]:
         """The null value of each condition, by the name of its batch field."""
         ...
+
+
+def denoiser_config(networks_config: Mapping[str, object], name: str) -> DenoiserConfig:
+    """Return the named network's settings; raises RecipeError where it is missing or cannot denoise."""
+    config = networks_config.get(name)
+    if not isinstance(config, DenoiserConfig):
+        denoisers = [key for key, value in networks_config.items() if isinstance(value, DenoiserConfig)]
+        raise RecipeError.of(
+            f"the denoising objective needs a network that denoises images, and {name!r} is "
+            + ("not in networks" if config is None else f"a {type(config).__name__}"),
+            where="objective.network",
+            allowed=", ".join(denoisers) or None,
+            fix="name a denoiser such as one of type dit",
+        )
+    return config
 
 
 class _Draw(NamedTuple):
@@ -43,11 +69,11 @@ class Denoising:
     The network is called as ``network(x [n, ...], time [n], condition)`` and returns a prediction shaped like ``x``.
     """
 
-    def __init__(self, config: DenoisingConfig, networks_config: Mapping[str, DenoiserConfig]) -> None:
+    def __init__(self, config: DenoisingConfig, networks_config: Mapping[str, object]) -> None:
         self.config = config
         self.roles: Mapping[str, Role] = {"denoiser": Role(kind="trainable", network=config.network)}
         self.path: AffinePath = config.path.load()(config.path)
-        self.null_values = networks_config[config.network].null_values
+        self.null_values = denoiser_config(networks_config, config.network).null_values
 
     def phases(self, progress: Progress) -> Sequence[Phase]:
         """One phase: the denoiser trains at every step."""
