@@ -1,13 +1,27 @@
-"""Shapes and types of the tensor code are checked at every call while tests run."""
+"""Shapes and types of the tensor code are checked at every call while tests run; demo data are built once a session."""
 
 import os
+from pathlib import Path
+
+import pytest
+from jaxtyping import install_import_hook
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-
-from jaxtyping import install_import_hook
 
 install_import_hook(
     ["sixfold.models", "sixfold.paths", "sixfold.objectives", "sixfold.samplers", "sixfold.distributed.randomness"],
     "beartype.beartype",
 )
+
+
+@pytest.fixture(scope="session")
+def demo_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the two demo data sets, ``digits`` and ``stdlib``, built once a session."""
+    from sixfold_data.build import BuildOptions
+    from sixfold_data.demo import build_digits, build_stdlib
+
+    root = tmp_path_factory.mktemp("demo")
+    build_digits(BuildOptions(out=root / "digits"))
+    build_stdlib(BuildOptions(out=root / "stdlib"))
+    return root

@@ -1,0 +1,54 @@
+"""Promise 2 on the real recipes: N steps, a restart and N more equal 2N, in every tensor that a checkpoint holds."""
+
+import pytest
+import torch
+
+from ranks import rank_pool
+from recipe_cases import RECIPES, saved_tensors, train_and_save
+from sixfold.engine.config import DDPConfig, DeepSpeedConfig, FSDPConfig
+
+HALF = 4
+DDP, FSDP = DDPConfig(precision="fp32"), FSDPConfig(precision="fp32")
+ZERO_2, ZERO_3 = (DeepSpeedConfig(precision="fp32", zero_stage=stage) for stage in (2, 3))
+
+
+def run(ranks, config, name, data, folder, until):
+    """Train on a pool of ranks; all ranks must report the same."""
+    results = rank_pool(ranks).run(_train, config, name, data, str(folder), until)
+    assert all(result == results[0] for result in results)
+    return results[0]
+
+
+def _train(config, name, data, folder, until):
+    return train_and_save(config, name, data, folder, until=until)
+
+
+@pytest.mark.parametrize("name", list(RECIPES))
+@pytest.mark.parametrize("config", [DDP, FSDP, ZERO_2], ids=["ddp", "fsdp", "zero2"])
+def test_resumed_equals_undisturbed_bitwise(config, name, demo_data, tmp_path):
+    whole = run(2, config, name, str(demo_data), tmp_path / "whole", 2 * HALF)
+    first = run(2, config, name, str(demo_data), tmp_path / "halves", HALF)
+    second = run(2, config, name, str(demo_data), tmp_path / "halves", 2 * HALF)
+    assert first + second == whole
+    expected, resumed = (saved_tensors(tmp_path / run, 2 * HALF) for run in ("whole", "halves"))
+    assert expected.keys() == resumed.keys()
+    assert any("/ema/" in key for key in expected)
+    assert any("/optimizer/" in key for key in expected)
+    assert [key for key, value in expected.items() if not torch.equal(value, resumed[key])] == []
+
+
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_resumed_across_engines_and_world_sizes(name, demo_data, tmp_path):
+    data, steps = str(demo_data), 3
+    whole = run(2, DDP, name, data, tmp_path / "whole", 3 * steps)
+    travelled = [
+        *run(2, FSDP, name, data, tmp_path / "travelled", steps),
+        *run(1, ZERO_3, name, data, tmp_path / "travelled", 2 * steps),
+        *run(2, DDP, name, data, tmp_path / "travelled", 3 * steps),
+    ]
+    torch.testing.assert_close(torch.tensor(travelled), torch.tensor(whole), rtol=1e-5, atol=0)
+    expected, found = (saved_tensors(tmp_path / run, 3 * steps) for run in ("whole", "travelled"))
+    assert expected.keys() == found.keys()
+    for key, value in expected.items():
+        difference = (found[key].double() - value.double()).norm() / value.double().norm().clamp(min=1e-12)
+        assert difference < 1e-4, f"{key} differs by {difference:.1e}"

@@ -1,0 +1,107 @@
+"""Real recipes on real data, trained through the real loop: what parity, resume and crash tests run on every rank."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from parity_matrix import Trajectory
+from sixfold.checkpoint.ranks import Ranks
+from sixfold.checkpoint.reading import fill
+from sixfold.checkpoint.storage import StoreReader
+from sixfold.checkpoint.verification import newest_verified
+from sixfold.config.base import Component
+from sixfold.distributed.process_group import join
+from sixfold.recipe.load import load_recipe
+from sixfold.recipe.recipe import Recipe
+from sixfold.train.assembly import assemble, open_checkpointer
+from sixfold.train.hooks import SavedExtra
+from sixfold.train.loop import Training, train_step
+from sixfold.train.run_folder import RunFolder
+from sixfold.train.worker import Job
+
+RECIPES = {"lm/moe-smoke": "stdlib", "flow/dit-smoke": "digits"}
+"""The recipes under test and the demo data each trains on."""
+
+SMALLER = {
+    "lm/moe-smoke": ("data.global_batch=16", "data.sequence_length=64"),
+    "flow/dit-smoke": ("data.global_batch=64",),
+}
+"""Overrides that make a step cheap and change nothing in kind: tests take hundreds of steps."""
+
+
+@cache
+def recipe_on(name: str, data: str, *overrides: str) -> Recipe:
+    """Load a recipe by name, made smaller, on the demo data below the folder ``data``."""
+    return load_recipe(name, [f"data.path={data}/{RECIPES[name]}", *SMALLER[name], *overrides]).recipe
+
+
+def with_engine(recipe: Recipe, config: Component, micro_batch: int | None) -> Recipe:
+    """Return the recipe on another engine."""
+    return recipe.model_copy(update={"engine": config.model_copy(update={"micro_batch": micro_batch})})
+
+
+def train_recipe(config: Component, accumulation: int, name: str, data: str, steps: int) -> Trajectory:
+    """Train ``steps`` steps on the engine, from the beginning; the core of the parity matrix."""
+    world = join()
+    recipe = recipe_on(name, data)
+    training = assemble(with_engine(recipe, config, recipe.data.global_batch // world.size // accumulation), world)
+    losses, norms = [], []
+    for _ in range(steps):
+        loss, norm = advance(training)
+        losses.append(loss)
+        norms.append(norm)
+    close(training)
+    return Trajectory(losses=losses, grad_norms=norms)
+
+
+def advance(training: Training) -> tuple[float, float]:
+    """Take one step; return its global mean loss and gradient norm."""
+    record = train_step(training, next(training.stream))
+    training.progress = record.progress
+    (report,) = record.reports.values()
+    assert not report.skipped
+    return record.metrics["loss"], report.grad_norm
+
+
+def close(training: Training) -> None:
+    """Release engines and stream."""
+    training.stream.close()
+    for engine in training.engines.values():
+        engine.close()
+
+
+def train_and_save(config: Component, name: str, data: str, folder: str, *, until: int) -> list[tuple[float, float]]:
+    """Resume the run in ``folder`` if it has a checkpoint, train to step ``until``, save; return losses and norms."""
+    world = join()
+    recipe = with_engine(recipe_on(name, data, "train.ema_decay=0.9"), config, None)
+    run = RunFolder(Path(folder))
+    checkpointer = open_checkpointer(recipe, world, run.checkpoints)
+    job = Job(recipe=recipe, world=world, folder=run, training=assemble(recipe, world), checkpointer=checkpointer)
+    job.restore(lambda note: None)
+    trajectory = [advance(job.training) for _ in range(until - job.training.progress.step)]
+    save(job)
+    job.close()
+    return trajectory
+
+
+def save(job: Job) -> None:
+    """Save now and wait until the checkpoint is committed."""
+    states = {role: engine.checkpoint_state() for role, engine in job.training.engines.items()}
+    progress = job.training.progress
+    extra = SavedExtra(samples=progress.samples, data=job.training.stream.state())
+    job.checkpointer.save(progress.step, states, extra.model_dump(mode="json"))
+    job.checkpointer.wait()
+
+
+def saved_tensors(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    """Read every tensor of the newest checkpoint, whole: parameters, buffers, optimizer slots, averages."""
+    candidate = newest_verified(folder / "checkpoints", print)
+    assert candidate is not None
+    assert candidate.step == step
+    saved = StoreReader(candidate.store, candidate.folder, candidate.manifest).tensors()
+    state = {key: torch.empty(value.size, dtype=value.properties.dtype) for key, value in saved.items()}
+    fill(candidate, state, Ranks(None))
+    return state
