@@ -20,6 +20,7 @@ COMMAND_MODULES = (
     "sixfold.cli.compare_command",
     "sixfold.cli.data_commands",
     "sixfold.cli.ui_command",
+    "sixfold.cli.doctor_command",
 )
 """Modules with a ``register(app)`` that adds their commands, in the order of ``sixfold --help``."""
 
