@@ -12,7 +12,9 @@ class ObjectServer(ThreadingHTTPServer):
     """Serves ``objects``; ``requests`` lists (method, path, range) of all it was asked.
 
     ``fail_every`` answers every n-th request with 503, ``truncate_every`` cuts every n-th body in half and hangs up,
-    ``serves_ranges=False`` ignores ranges, ``down`` answers everything with 503.
+    ``shorten_every`` serves half of what every n-th range asked for and says so, ``serves_ranges=False`` ignores
+    ranges, ``down`` answers everything with 503. ``during`` is called with (method, path) when an answer is made up but
+    not yet sent.
     """
 
     daemon_threads = True
@@ -22,7 +24,8 @@ class ObjectServer(ThreadingHTTPServer):
         self.objects = {}
         self.requests = []
         self.lock = threading.Lock()
-        self.fail_every = self.truncate_every = 0
+        self.fail_every = self.truncate_every = self.shorten_every = 0
+        self.during = lambda method, name: None
         self.serves_ranges = True
         self.down = False
 
@@ -69,11 +72,14 @@ class _Handler(BaseHTTPRequestHandler):
             start, stop = int(wanted[1]), min(int(wanted[2]) + 1, len(whole))
             if start >= len(whole):
                 return self._head(416, 0)
+            if server.shorten_every and number % server.shorten_every == 0:
+                stop -= (stop - start) // 2
             body = whole[start:stop]
         etag = hashlib.md5(whole).hexdigest()
         extra = {"ETag": f'"{etag}"'} | ({"Accept-Ranges": "bytes"} if server.serves_ranges else {})
         if wanted:
             extra["Content-Range"] = f"bytes {start}-{stop - 1}/{len(whole)}"
+        server.during(self.command, name)
         self._head(206 if wanted else 200, len(body), extra)
         if not with_body:
             return None

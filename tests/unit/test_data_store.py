@@ -107,7 +107,7 @@ def test_http_reads_ranges_only(server):
 
 
 def test_every_third_request_fails_or_is_cut_and_nobody_notices(server):
-    server.fail_every, server.truncate_every = 3, 5
+    server.fail_every, server.truncate_every, server.shorten_every = 3, 5, 7
     store = remote(server)
     for start in range(0, 90_000, 3000):
         assert store.read("small.tar", start, 3000) == SMALL[start : start + 3000]
@@ -222,6 +222,17 @@ def test_content_that_differs_from_the_index_is_never_cached(server, tmp_path):
         store.read("small.tar", 0, 5)
     assert not list(tmp_path.glob("*.shard"))
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_an_object_that_changes_while_it_is_fetched_is_never_cached(server, tmp_path):
+    def change(method, name):
+        if method == "GET":
+            server.objects["a/small.tar"] = SMALL[::-1]
+
+    server.during = change
+    with pytest.raises(DataError, match=r"a/small\.tar: the object is not the one.*while it was fetched"):
+        remote(server, ShardCache(tmp_path, 2**20)).read("small.tar", 0, 5)
+    assert not list(tmp_path.glob("*.shard"))
 
 
 def test_the_least_recently_used_shard_goes_first_and_the_quota_holds(server, tmp_path):
