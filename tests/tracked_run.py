@@ -3,6 +3,7 @@
 import math
 
 import PIL.Image
+import PIL.ImageDraw
 
 from sixfold.tracking.config import MLflowConfig
 from sixfold.tracking.events import EventLog
@@ -31,7 +32,7 @@ def train(run_dir, uri, *, resumed_step=0, steps=20, close_timeout_s=60.0, lr=1e
         values = {"train/loss": 1 / step, "train/inf": math.inf, "bad%name": float(step), "val/nan": math.nan}
         log.metrics(step=step, samples=8 * step, values=values)
         if step % 10 == 0:
-            PIL.Image.new("L", (16, 16), step).save(run_dir / f"sample-{step}.png")
+            draw_samples(step).save(run_dir / f"sample-{step}.png")
             (run_dir / f"sample-{step}.txt").write_text(f"text {step}")
             log.image(key="samples/grid", step=step, path=run_dir / f"sample-{step}.png")
             log.text(key="samples/text", step=step, path=run_dir / f"sample-{step}.txt")
@@ -40,6 +41,17 @@ def train(run_dir, uri, *, resumed_step=0, steps=20, close_timeout_s=60.0, lr=1e
     tracker.close()
     log.close()
     return tracker
+
+
+def draw_samples(step, cells=4, cell_px=40):
+    """A grid of discs that shrink from cell to cell, with the step written on it."""
+    image = PIL.Image.new("L", (cells * cell_px, cells * cell_px))
+    draw = PIL.ImageDraw.Draw(image)
+    for index in range(cells**2):
+        corner = (index % cells * cell_px, index // cells * cell_px)
+        draw.circle((corner[0] + cell_px / 2, corner[1] + cell_px / 2), cell_px / (2.2 + 0.3 * index), fill=200)
+    draw.text((4, 4), f"step {step}", fill=255)
+    return image
 
 
 class Stored:
@@ -83,6 +95,7 @@ def assert_complete(stored, steps=20):
     assert "cut from 7000 characters" in stored.run.data.params["long"]
     assert stored.run.data.tags["git.commit"] == "abc"
     assert stored.run.data.tags["checkpoint.uri"] == f"file:///checkpoints/{steps}"
+    assert f"**samples/grid** at step {steps}" in stored.run.data.tags["mlflow.note.content"]
     assert "recipe.yaml" in stored.artifacts()
     (model,) = stored.client.search_logged_models([stored.run.info.experiment_id], f"source_run_id = '{stored.run_id}'")
     assert model.tags["checkpoint.uri"] == f"file:///checkpoints/{steps}"

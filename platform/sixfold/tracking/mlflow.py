@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sixfold.errors import EnvironmentFault
-from sixfold.tracking.events import Event
+from sixfold.tracking.description import Sample, describe
+from sixfold.tracking.events import Event, read_events
 from sixfold.tracking.names import NameMap, image_key, metric_name, parameter_value, redact, tag_value
 from sixfold.tracking.settings import Cursor, MirrorSettings, sqlite_path
 from sixfold.tracking.spool import logger
@@ -31,6 +32,7 @@ METRICS_A_BATCH = 1000
 PARAMETERS_A_BATCH = 100
 STATUSES = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
 MIRROR_TAG = "sixfold.mirror"
+NOTE_TAG = "mlflow.note.content"
 
 QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -42,7 +44,7 @@ QUIET = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
 }
-_STORED_IMAGE = re.compile(r"images/(?P<key>.+)\+step\+(?P<step>\d+)\+timestamp\+\d+\+.*\+compressed\.webp")
+_STORED_IMAGE = re.compile(r"(?P<stem>images/(?P<key>.+)\+step\+(?P<step>\d+)\+timestamp\+.*)\+compressed\.webp")
 _MODEL_NAME_FORBIDDEN = re.compile(r"[/:.%\"']+")
 
 
@@ -108,7 +110,8 @@ class MLflowMirror:
         self._names = NameMap()
         self._refused: set[str] = set()
         self._high_water: dict[str, int] = {}
-        self._images: set[tuple[str, int]] = set()
+        self._images: dict[tuple[str, int], str] = {}
+        self._samples: dict[str, Sample] = {}
         self._model_id: str | None = None
 
     @property
@@ -217,11 +220,15 @@ class MLflowMirror:
         }
         with suppress(KeyError, OSError):  # a container's user may have no name
             tags["mlflow.user"] = getpass.getuser()
-        return self._client.create_run(experiment_id, tags=tags, run_name=self._settings.run_name)
+        first = next(read_events(self.run_dir), None)  # the run may be seen over there long after it began
+        started = None if first is None else _milliseconds(first)
+        return self._client.create_run(experiment_id, started, tags, self._settings.run_name)
 
-    def _stored_images(self) -> set[tuple[str, int]]:
+    def _stored_images(self) -> dict[tuple[str, int], str]:
+        """Return the artifact path of every image that is there in full, by key and step."""
         paths = (file.path for file in self._client.list_artifacts(self.cursor.run_id, "images"))
-        return {(match["key"], int(match["step"])) for path in paths if (match := _STORED_IMAGE.fullmatch(path))}
+        matches = (match for path in paths if (match := _STORED_IMAGE.fullmatch(path)))
+        return {(match["key"].replace("~", "/"), int(match["step"])): f"{match['stem']}.png" for match in matches}
 
     def _stored_model(self, experiment_id: str) -> str | None:
         models = self._client.search_logged_models([experiment_id], f"source_run_id = '{self.cursor.run_id}'")
@@ -319,16 +326,16 @@ class MLflowMirror:
         import PIL.Image
 
         key, step = image_key(event["key"]), int(event["step"])
-        if (key.replace("/", "~"), step) in self._images:
-            return
-        try:
-            image = PIL.Image.open(self.run_dir / event["path"]).convert("RGB")
-        except OSError as error:  # gone from the run folder, or not an image
-            self._tell_refused(event["path"], error)
-            return
-        timestamp = _milliseconds(event)
-        self._client.log_image(self.cursor.run_id, image, key=key, step=step, timestamp=timestamp, synchronous=True)
-        self._images.add((key.replace("/", "~"), step))
+        if (key, step) not in self._images:
+            try:
+                image = PIL.Image.open(self.run_dir / event["path"]).convert("RGB")
+            except OSError as error:  # gone from the run folder, or not an image
+                self._tell_refused(event["path"], error)
+                return
+            timestamp = _milliseconds(event)
+            self._client.log_image(self.cursor.run_id, image, key=key, step=step, timestamp=timestamp, synchronous=True)
+            self._images = self._stored_images()
+        self._describe(key, Sample(step=step, image=self._images[key, step]))
 
     def _send_text(self, event: Event) -> None:
         try:
@@ -336,8 +343,15 @@ class MLflowMirror:
         except (OSError, UnicodeDecodeError) as error:
             self._tell_refused(event["path"], error)
             return
-        name = image_key(event["key"])
-        self._client.log_text(self.cursor.run_id, text, f"texts/{name}/step_{int(event['step']):09d}.txt")
+        key, step = image_key(event["key"]), int(event["step"])
+        self._client.log_text(self.cursor.run_id, text, f"texts/{key}/step_{step:09d}.txt")
+        self._describe(key, Sample(step=step, text=text))
+
+    def _describe(self, key: str, sample: Sample) -> None:
+        """Show the newest samples in the run's description."""
+        self._samples[key] = sample
+        note = self._client.get_run(self.cursor.run_id).data.tags.get(NOTE_TAG, "")
+        self._client.set_tag(self.cursor.run_id, NOTE_TAG, describe(note, self._samples, str(self.cursor.run_id)))
 
     def _send_model(self, event: Event) -> None:
         """Keep one logged model a run, whose tags say where its newest checkpoint lies; no bytes are copied."""
