@@ -1,7 +1,11 @@
+import jaxtyping
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
-from model_helpers import mixture, randomized
+from model_helpers import dense, mixture, randomized
+from sixfold.models.grouped import grouped_linear
 from sixfold.models.moe_transformer.dispatch import gather_rows, plan_dispatch, sum_rows
 from sixfold.models.moe_transformer.feed_forward import MixtureOfExperts, SwiGLU
 from sixfold.models.moe_transformer.model import MoETransformer
@@ -96,7 +100,7 @@ def test_gathering_and_adding_rows_have_right_gradients(multiple):
     summed = torch.einsum("tk,tkd->td", weights, rows[plan.rows_of_token])
     torch.testing.assert_close(sum_rows(rows, weights, plan), summed)
     assert torch.autograd.gradcheck(lambda rows, weights: sum_rows(rows, weights, plan), (rows, weights))
-    # Rows that pad carry no gradient in training, since `sum_rows` gives them none.
+    # Rows that pad carry no gradient in training, since `sum_rows` gives them none and no expert reads past its end.
     kept = torch.zeros(len(plan.token_of_row), 1).index_fill_(0, plan.rows_of_token.flatten(), 1.0)
     assert torch.autograd.gradcheck(lambda tokens: gather_rows(tokens, plan) * kept, tokens)
 
@@ -255,3 +259,46 @@ def test_every_parameter_is_tagged_and_meta_construction_draws_nothing():
     logits, _ = network(torch.randint(0, 31, (1, 4)))
     assert logits.isfinite().all()
     assert network.layers[0].feed_forward.router.expert_bias.tolist() == [0.0] * 4
+
+
+@pytest.mark.parametrize(
+    "config",
+    [mixture(qk_norm=True, experts={"shared": 1, "router": "sigmoid", "bias_update_rate": 0.1}), dense()],
+    ids=["mixture", "dense"],
+)
+def test_blocks_are_one_graph_without_changing_a_value(config, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # shape checks cannot be traced
+    network = randomized(config)
+    tokens, documents = torch.randint(0, 31, (2, 12)), torch.arange(12).expand(2, -1) // 5
+
+    def run():
+        logits, routing = network(tokens, documents)
+        weights = [torch.arange(logits.numel()).view_as(logits) / 999, *(torch.ones(2),) * (2 if routing else 0)]
+        outputs = [logits, routing["balance_loss"], routing["z_loss"]] if routing else [logits]
+        return [*outputs, *torch.autograd.grad(outputs, list(network.parameters()), weights)]
+
+    expected = run()
+    for block in network.blocks():
+        block.compile(fullgraph=True, backend="aot_eager")
+    for got, wanted in zip(run(), expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_a_step_can_be_rehearsed_without_data_and_its_products_are_counted(half):
+    config = mixture(depth=1, experts={"shared": 0})
+    with FakeTensorMode():
+        network = MoETransformer(config)
+        with FlopCounterMode(display=False) as counter, torch.autocast("cpu", torch.bfloat16, enabled=half):
+            logits, _ = network(torch.zeros(2, 16, dtype=torch.int64))
+        logits.sum().backward()
+    padding = 4 * 63 if half else 0
+    products = counter.get_flop_counts()["Global"][torch.ops.sixfold.grouped_product]
+    assert products == 2 * (2 * 16 * 2 + padding) * 3 * 24 * 32
+    assert network.layers[0].feed_forward.experts.down.grad.shape == (4, 32, 24)
+
+
+def test_expanded_gradients_are_taken():
+    rows, weight = torch.randn(6, 8, requires_grad=True), torch.randn(2, 8, 8, requires_grad=True)
+    grouped_linear(rows, weight, torch.tensor([2, 6], dtype=torch.int32)).sum().backward()
+    torch.testing.assert_close(rows.grad, weight.sum(1).detach().repeat_interleave(torch.tensor([2, 4]), 0))

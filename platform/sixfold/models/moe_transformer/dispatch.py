@@ -18,9 +18,9 @@ class DispatchPlan(NamedTuple):
     """Which row is whose.
 
     Attributes:
-        token_of_row: ``[rows]``; rows that only pad an expert's share name token 0.
+        token_of_row: ``[rows]``; rows that only pad name token 0.
         rows_of_token: ``[tokens, k]``.
-        ends: ``[experts]``, where each expert's rows end.
+        ends: ``[experts]``, where each expert's rows end. Rows past the last end are nobody's: no one reads them.
     """
 
     token_of_row: Int64[Tensor, "rows"]
@@ -32,11 +32,9 @@ def row_multiple(dtype: torch.dtype, device: torch.device) -> int:
     """Return what each expert's number of rows should be a multiple of.
 
     On the CPU, products in half precision are compiled for each new shape, which takes as long as the product itself
-    for a few hundred rows: experts' loads must fall on few different numbers. Padding forces a number of rows that
-    depends on the data, which a compiled graph or another device must not wait for.
+    for a few hundred rows: experts' loads must fall on few different numbers.
     """
-    low = dtype in (torch.bfloat16, torch.float16)
-    return 64 if device.type == "cpu" and low and not torch.compiler.is_compiling() else 1
+    return 64 if device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) else 1
 
 
 def plan_dispatch(
@@ -53,7 +51,8 @@ def plan_dispatch(
         padded = -(-counts // multiple) * multiple
         ends = padded.cumsum(0)
         place = place + ((ends - padded) - (counts.cumsum(0) - counts))[flat[order]]
-        token_of_row = order.new_zeros(int(ends[-1])).scatter_(0, place, order // k)
+        most = len(flat) + len(counts) * (multiple - 1)  # the number of rows must not depend on the data
+        token_of_row = order.new_zeros(most).scatter_(0, place, order // k)
     rows_of_token = torch.empty_like(order).scatter_(0, order, place).view_as(experts)
     return DispatchPlan(token_of_row, rows_of_token, ends.to(torch.int32))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from jaxtyping import Float, Int32
 from torch import Tensor, nn
 
+from sixfold.models.grouped import grouped_linear
 from sixfold.models.moe_transformer.config import ExpertsConfig, MoETransformerConfig
 from sixfold.models.moe_transformer.dispatch import gather_rows, plan_dispatch, row_multiple, sum_rows
 from sixfold.models.moe_transformer.router import Router, Routing, routing_losses
@@ -44,8 +45,8 @@ class Experts(nn.Module):
         """Map rows ``ends[e-1]:ends[e]`` by expert e; an expert may have no rows."""
         dtype = compute_dtype(rows)  # autocast does not know grouped products
         gate_and_up, down = self.gate_and_up.to(dtype), self.down.to(dtype)
-        hidden = swiglu(nn.functional.grouped_mm(rows.to(dtype), gate_and_up.transpose(-2, -1), offs=ends))
-        return nn.functional.grouped_mm(hidden, down.transpose(-2, -1), offs=ends)
+        hidden = swiglu(grouped_linear(rows.to(dtype), gate_and_up, ends))
+        return grouped_linear(hidden, down, ends)
 
 
 class MixtureOfExperts(nn.Module):
