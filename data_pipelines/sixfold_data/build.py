@@ -125,7 +125,7 @@ class Building:
         }
         manifest = Manifest(**fields).sealed()
         write_atomically(self._staging / MANIFEST_NAME, manifest.to_bytes())
-        self._staging.rename(self._options.out)
+        self._staging.rename(self._options.out.resolve())
         return BuildReport(
             out=str(self._options.out),
             kind=kind,
@@ -149,7 +149,8 @@ def building(options: BuildOptions) -> Iterator[Building]:
     check_output(options.out)
     if not 0.0 <= options.val_fraction < 1.0:
         raise DataError.of(f"the val fraction is {options.val_fraction}", where="--val-fraction", allowed="0 <= f < 1")
-    staging = options.out.with_name(f"{options.out.name}.tmp-{os.getpid()}")
+    out = options.out.resolve()
+    staging = out.with_name(f"{out.name}.tmp-{os.getpid()}")
     try:
         with ExitStack() as stack:
             names = [TRAIN, VAL] if options.val_fraction > 0 else [TRAIN]
