@@ -186,7 +186,9 @@ def check_output(out: Path) -> None:
             where=str(out),
             fix="name another folder with --out, or remove this one first",
         )
-    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    if out.resolve() == Path.cwd():  # the finished folder takes its name, and the shell would stand in a removed one
+        raise DataError.of("the output is the current folder", where=str(out), fix="name a folder inside it with --out")
+    out.resolve().parent.mkdir(parents=True, exist_ok=True)
 
 
 def assign_splits(names: Sequence[str], val_fraction: float) -> list[str]:

@@ -208,6 +208,15 @@ def test_nothing_is_overwritten_and_an_empty_folder_is_welcome(tmp_path, photos)
     assert contents(tmp_path / "out") == before
 
 
+def test_the_current_folder_is_refused_and_a_folder_in_it_is_not(tmp_path, photos, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(DataError, match="current folder"):
+        build_images(photos, BuildOptions(out=Path()))
+    build_images(photos, BuildOptions(out=Path("sub/../new")))
+    assert [path.name for path in (tmp_path / "here").iterdir()] == ["new"]
+
+
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, RuntimeError])
 def test_a_build_that_is_interrupted_leaves_nothing(tmp_path, photos, failure):
     def interrupt(done, total):
