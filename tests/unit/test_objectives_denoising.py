@@ -170,6 +170,15 @@ def test_a_condition_that_the_data_lack_is_named():
         objective({"denoiser": Echo()}, batch, PHASE, PositionRandom(0, batch.positions))
 
 
+def test_evaluation_takes_stratified_times_whatever_the_seed():
+    objective, network = Denoising(DenoisingConfig(), {"denoiser": Unconditional()}), Echo()
+    batch = images_of(0.0, 0.5, 64, start=1000)
+    for seed in (0, 1):
+        objective.evaluate({"denoiser": network}, batch, PositionRandom(seed, batch.positions))
+    assert torch.equal(network.times[0], stratified_quantiles(batch.positions))
+    assert torch.equal(network.times[0], network.times[1])
+
+
 def test_stratified_times_make_evaluation_nearly_free_of_noise():
     """Over windows of 64 positions the rectified flow's floor, s^2 / C(t), varies far less than under random times."""
 
