@@ -199,6 +199,7 @@ class DeepSpeedEngine:
         if self._stage < _PARAMETER_SHARDING_STAGE:
             self._zero.update_lp_params()
             return
+        self._zero._partition_all_parameters()  # some stay gathered after a forward, and would stay as they were
         for group in range(len(self._zero.fp16_groups)):
             self._zero._reassign_or_swap_out_partitioned_parameters(group)
 

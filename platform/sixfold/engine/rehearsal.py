@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed.tensor import DTensor
 
 from sixfold.config.base import Component
@@ -125,7 +125,8 @@ def _rehearse_replicated(
     batch: Mapping[str, Tensor],
     loss: Callable[[nn.Module, Mapping[str, Tensor]], Tensor],
 ) -> Rehearsal:
-    network, tags = network_on_meta(specification)
+    with unset_fake_temporarily():  # meta tensors that fake ones can take the place of
+        network, tags = network_on_meta(specification)
     network.to_empty(device=specification.world.device)
     torch.autograd.backward(loss(network, batch))
     parameters = dict(network.named_parameters())
