@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
 from checkpoint_helpers import empty_state, equal, extra_of, open_checkpointer, state_of, write_steps
 from sixfold.checkpoint import checkpointer as checkpointer_module
@@ -85,6 +86,15 @@ def test_a_changed_recipe_hash_alone_may_resume(tmp_path):
     states = empty_state()
     reading.load(reading.newest_verified(_nothing_to_say), states)
     assert equal(states, state_of(1))
+
+
+def test_stock_dcp_reads_our_checkpoints(tmp_path):
+    """The format is DCP's own: its public loader, which knows nothing of this project, agrees on every value."""
+    write_steps(tmp_path, 3)
+    loaded = {f"roles/denoiser/{name}": value for name, value in empty_state()["denoiser"].items()}
+    with pytest.warns(UserWarning, match="single process"):
+        dcp.load(loaded, checkpoint_id=tmp_path / "step_00000003", no_dist=True)
+    assert all(torch.equal(loaded[f"roles/denoiser/{name}"], value) for name, value in state_of(3)["denoiser"].items())
 
 
 def test_a_step_is_saved_once_and_a_failed_step_again(tmp_path):

@@ -118,9 +118,9 @@ class Checkpointer:
             rejected=frozenset(self._rejected),
         )
         state = flatten_roles(states)
-        writer = StoreWriter(self._store, transaction.folder)
-        plan = self._planning.plan(state, writer.prepare_global_plan)
-        staged = self._buffers.stage(state, plan.share)
+        writer = StoreWriter(self._store, transaction.folder, self._ranks.rank)
+        plan = self._planning.plan(state)
+        staged = self._buffers.stage(state, plan)
 
         def write() -> None:
             try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+import zlib
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -29,9 +31,9 @@ class Ranks:
         """Return all ranks' values on rank 0, and an empty list elsewhere."""
         if self._group is None:
             return [value]
-        values: list[Any] | None = [None] * self.size if self.rank == 0 else None
-        dist.gather_object(value, values, group=self._group, group_dst=0)
-        return cast(list[T], values or [])
+        packed: list[Any] | None = [None] * self.size if self.rank == 0 else None
+        dist.gather_object(_pack(value), packed, group=self._group, group_dst=0)
+        return [_unpack(each) for each in packed or []]
 
     def scatter(self, values: list[T]) -> T:
         """Return this rank's one of rank 0's values; what other ranks pass is ignored."""
@@ -62,6 +64,15 @@ class Ranks:
         if not self.any(bool(values)):
             return []
         return self.broadcast([value for part in self.gather(values) for value in part])
+
+
+def _pack(value: object) -> bytes:
+    """Pickle and compress: rank 0 gets a list of shards or file positions from every rank, full of repetition."""
+    return zlib.compress(pickle.dumps(value), level=1)
+
+
+def _unpack(packed: bytes) -> Any:
+    return pickle.loads(zlib.decompress(packed))
 
 
 def new_group(config: CheckpointConfig) -> dist.ProcessGroup | None:

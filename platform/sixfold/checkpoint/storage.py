@@ -12,6 +12,7 @@ import os
 import pickle
 from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, BinaryIO, ClassVar, cast
 
 import torch
@@ -19,11 +20,10 @@ from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemBase, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 
 from sixfold.checkpoint.manifest import METADATA, FileRecord, Manifest, Rejected
-from sixfold.checkpoint.staging import FlatState
+from sixfold.checkpoint.staging import FlatState, WritePlan
 from sixfold.checkpoint.store import Store
 
 
@@ -91,9 +91,8 @@ class StoreFiles(FileSystemBase):
         return f"{path}/{suffix}"
 
     def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
-        """Rename, and the record with it."""
-        self._store.rename_file(str(path), str(new_path))
-        self.records[_base(new_path)] = self.records.pop(_base(path))
+        """Never needed: folders are fresh for every attempt."""
+        raise AssertionError(f"nothing in a fresh checkpoint folder is ever renamed, yet {path} is")
 
     def init_path(self, path: str | os.PathLike[str]) -> str:
         """Paths are plain strings."""
@@ -120,20 +119,27 @@ class StoreFiles(FileSystemBase):
 class StoreWriter(FileSystemWriter):
     """DCP's writer into one folder of a store."""
 
-    def __init__(self, store: Store, folder: str) -> None:
+    def __init__(self, store: Store, folder: str, rank: int) -> None:
         # Durability is the store's business; copying ahead on a CUDA stream has no use for data that is on the CPU.
         super().__init__(folder, sync_files=False, per_thread_copy_ahead=0)
         self.files = StoreFiles(store)
         self.fs = self.files  # type: ignore[assignment]  # DCP's own fsspec writer replaces it likewise
         self.path = folder
+        self.set_up_storage_writer(rank == 0, rank=rank, use_collectives=False)
 
-    def storage_meta(self) -> StorageMeta:
-        """Record nothing: a folder may be moved."""
-        return StorageMeta()
-
-    def write(self, plan: SavePlan, staged: FlatState) -> list[WriteResult]:
+    def write(self, plan: WritePlan, staged: FlatState) -> list[WriteResult]:
         """Write this rank's share of the plan from staged CPU tensors."""
-        return self.write_data(plan, _StagedPlanner(staged)).wait()
+        return self.write_data(self.prepare_local_plan(plan.as_save_plan()), _StagedPlanner(staged)).wait()
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Write the metadata of all ranks' files, in place: the folder counts for nothing until it is committed.
+
+        Its storage meta stays empty: DCP would record paths, but a checkpoint may be moved.
+        """
+        places = {result.index: result.storage_data for part in results for result in part}
+        complete = replace(metadata, storage_data=places, storage_meta=StorageMeta())
+        with self.files.create_stream(f"{self.path}/{METADATA}", "wb") as stream:
+            pickle.dump(complete, cast(BinaryIO, stream))
 
 
 class _StagedPlanner(DefaultSavePlanner):

@@ -63,10 +63,6 @@ class Store(ABC):
         """Open a file for reading (seekable)."""
 
     @abstractmethod
-    def rename_file(self, old: str, new: str) -> None:
-        """Rename one file within a folder that is not committed yet."""
-
-    @abstractmethod
     def sizes(self, folder: str) -> dict[str, int]:
         """Return the size in bytes of every file directly in a folder."""
 
@@ -118,7 +114,7 @@ def open_store(location: Path | str) -> Store:
 class FileStore(Store):
     """A file system with atomic rename and ``fsync``: local disks, NFS, Lustre, GPFS."""
 
-    _committed = re.compile(r"step_(\d+)(\.superseded-.+)?")
+    _committed = re.compile(r"step_(\d+)(\.superseded-[^-]+)?")
     _temporary = re.compile(r".+\.tmp-.+")
 
     def __init__(self, root: Path) -> None:
@@ -150,10 +146,6 @@ class FileStore(Store):
     def reader(self, path: str) -> AbstractContextManager[BinaryIO]:
         """Open a file under the root."""
         return (self.root / path).open("rb")
-
-    def rename_file(self, old: str, new: str) -> None:
-        """Rename atomically."""
-        (self.root / old).rename(self.root / new)
 
     def sizes(self, folder: str) -> dict[str, int]:
         """Return sizes from one directory scan."""
@@ -251,10 +243,6 @@ class ObjectStore(Store):
     def reader(self, path: str) -> AbstractContextManager[BinaryIO]:
         """Open an object for ranged reads."""
         return cast(AbstractContextManager[BinaryIO], self._files.open(self._path(path), "rb"))
-
-    def rename_file(self, old: str, new: str) -> None:
-        """Copy and delete: what a rename costs on an object store."""
-        self._files.mv(self._path(old), self._path(new))
 
     def sizes(self, folder: str) -> dict[str, int]:
         """Return sizes from one listing."""

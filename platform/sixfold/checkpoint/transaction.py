@@ -130,7 +130,7 @@ class Transaction:
         failure = None
         try:
             self.store.make_folder(self.folder)
-            results = writer.write(plan.share, staged)
+            results = writer.write(plan, staged)
             self._read_back(writer.files.records)
         except Exception as error:  # every rank must reach the gather, or the others would wait for it
             failure = Failure.of(error, self.ranks.rank)
