@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from sixfold.recipe.recipe import Recipe
 
 RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A recipe file, or a name from `sixfold recipes`.")
@@ -49,9 +52,7 @@ def run(
         raise UserError.of(f"--resume is {resume!r}", allowed="auto, never")
     loaded = load_recipe(recipe, overrides or [])
     if dry_run:
-        from sixfold.train.rehearsal import rehearse_recipe
-
-        rehearse_recipe(loaded.recipe, world_size)
+        _rehearse(loaded.recipe, world_size)
         return
 
     from sixfold.recipe.checks import check_recipe
@@ -68,6 +69,25 @@ def run(
     if outcome.exit_code:
         typer.echo(folder.failure(outcome.rank, outcome.exit_code), err=True)
     raise typer.Exit(outcome.exit_code)
+
+
+def _rehearse(recipe: Recipe, world_size: int) -> None:
+    from sixfold.cli.screen import print_table
+    from sixfold.train.rehearsal import rehearse_recipe
+
+    rows = [
+        (
+            role,
+            f"{found.parameters:,}",
+            *(
+                f"{size / 2**20:,.1f}"
+                for size in (found.parameter_bytes, found.gradient_bytes, found.optimizer_bytes, found.average_bytes)
+            ),
+        )
+        for role, found in rehearse_recipe(recipe, world_size).items()
+    ]
+    headings = ("role", "parameters", "parameters MiB", "gradients MiB", "optimizer MiB", "average MiB")
+    print_table(f"{recipe.name} on {world_size} ranks: one step rehearsed; held by each rank", headings, rows)
 
 
 def sample(

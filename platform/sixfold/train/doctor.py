@@ -11,7 +11,7 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import Literal
 
-import psutil
+import psutil  # type: ignore[import-untyped]  # it ships no types
 import torch
 
 from sixfold.engine.precision import compute_dtype

@@ -129,7 +129,7 @@ class Evaluator:
         share = -(-count // world.size)
         mine = torch.arange(world.rank * share, (world.rank + 1) * share)
         parts = []
-        for numbers in mine.split(batch):
+        for numbers in torch.split(mine, batch):
             drawn = numbers.clamp(max=count - 1)  # the last rank's surplus repeats a sample and is cut off below
             on_device = {name: value[drawn].to(world.device) for name, value in conditions.items()}
             request = SampleRequest(seed=seed, numbers=drawn.to(world.device), conditions=on_device)

@@ -87,7 +87,7 @@ def sample_run(
     conditions = conditions_of(recipe, info, count, label=label, prompt=prompt)
     sampler: Sampler = recipe.sampling.load()(recipe.sampling, recipe.objective, recipe.networks)
     parts = []
-    for numbers in torch.arange(count).split(_BATCH):
+    for numbers in torch.split(torch.arange(count), _BATCH):
         chosen = {name: value[numbers].to(trained.device) for name, value in conditions.items()}
         request = SampleRequest(seed=seed, numbers=numbers.to(trained.device), conditions=chosen, steps=steps)
         parts.append({name: value.cpu() for name, value in sampler(trained.networks, request).items()})
