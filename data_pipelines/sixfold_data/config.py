@@ -87,7 +87,10 @@ class DataConfig(Config):
     )
     horizontal_flip: bool = Field(default=False, description="Mirror each training image with probability one half.")
     workers: int | None = Field(
-        default=None, ge=0, le=64, description="Loader processes of each rank; default 0 on fewer than 8 cores, else 4."
+        default=None,
+        ge=0,
+        le=64,
+        description="Loader processes of each rank; default 4 where a rank has 8 cores, else 0.",
     )
     prefetch: int = Field(default=4, ge=1, le=64, description="Batches each loader process reads ahead.")
     keep_decoded_bytes: int = Field(
