@@ -20,10 +20,6 @@ DIT = {"image_size": 16, "patch_size": 2, "channels": 4, "width": 384, "depth": 
 IMAGES = 16
 TOKENS = SEQUENCES * LENGTH
 CASES = {"moe": ("tokens/s", TOKENS), "dense": ("tokens/s", TOKENS), "dit": ("images/s", IMAGES)}
-    "moe": ("tokens/s", SEQUENCES * LENGTH),
-    "dense": ("tokens/s", SEQUENCES * LENGTH),
-    "dit": ("images/s", IMAGES),
-}
 BALANCE_WEIGHT = 0.02
 
 
