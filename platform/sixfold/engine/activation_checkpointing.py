@@ -9,28 +9,26 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from sixfold.engine.config import EngineConfig
 from sixfold.models.network import Network
 
-_aten = torch.ops.aten
 COSTLY_OPERATIONS = frozenset(
-    operation
-    for name in (
-        "mm.default",
-        "addmm.default",
-        "bmm.default",
-        "baddbmm.default",
-        "_grouped_mm.default",  # the experts' products, which torch's own list of costly operations lacks
-        "_scaled_dot_product_flash_attention.default",
-        "_scaled_dot_product_flash_attention_for_cpu.default",
-        "_scaled_dot_product_efficient_attention.default",
-        "_scaled_dot_product_cudnn_attention.default",
-        "_scaled_dot_product_fused_attention_overrideable.default",
-    )
-    if (operation := getattr(getattr(_aten, name.split(".")[0], None), name.split(".")[1], None)) is not None
+    {
+        "aten.mm.default",
+        "aten.addmm.default",
+        "aten.bmm.default",
+        "aten.baddbmm.default",
+        # the experts' products, which torch's own list of costly operations lacks, and our operation around them
+        "aten._grouped_mm.default",
+        "sixfold.grouped_product.default",
+        "aten._scaled_dot_product_flash_attention.default",
+        "aten._scaled_dot_product_flash_attention_for_cpu.default",
+        "aten._scaled_dot_product_efficient_attention.default",
+        "aten._scaled_dot_product_cudnn_attention.default",
+        "aten._scaled_dot_product_fused_attention_overrideable.default",
+    }
 )
 """Operations whose results selective checkpointing keeps: recomputing them costs more than their memory is worth."""
 
@@ -63,4 +61,4 @@ def _replace_forwards(network: Network, **options: Any) -> None:
 
 
 def _keep_costly(_context: Any, operation: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operation in COSTLY_OPERATIONS else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if str(operation) in COSTLY_OPERATIONS else CheckpointPolicy.PREFER_RECOMPUTE
