@@ -144,9 +144,6 @@ CASES = {
         "--nproc",
         "4",
     ),
-    "warm-up longer than the run": spoilt(
-        FLOW, "warmup_steps: 5", "warmup_steps: 100", "warm-up never ends", "@warmup_steps", "schedule.warmup_steps=5"
-    ),
     "ZeRO with Muon": given(
         "Muon whole matrices", "@type: muon", "optimizer.type=adamw", "engine={type: deepspeed}", text=TEXT
     ),

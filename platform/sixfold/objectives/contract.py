@@ -84,6 +84,26 @@ class Sum:
     total: Tensor
     count: Tensor
 
+    def __add__(self, other: Sum) -> Sum:
+        return Sum(self.total + other.total, self.count + other.count)
+
+    def widened(self) -> Sum:
+        """The same in fp64, in which long sums stay exact enough."""
+        return Sum(self.total.double(), self.count.double())
+
+
+def add_sums(totals: dict[str, Sum], more: Mapping[str, Sum]) -> None:
+    """Add metrics to running totals, in fp64."""
+    for name, value in more.items():
+        wide = value.widened()
+        totals[name] = totals[name] + wide if name in totals else wide
+
+
+def means_of(sums: Mapping[str, Sum]) -> dict[str, float]:
+    """Return each metric's mean; a metric that nothing counted towards has none, and is left out."""
+    counts = {name: float(value.count.item()) for name, value in sums.items()}
+    return {name: value.total.item() / counts[name] for name, value in sums.items() if counts[name] != 0}
+
 
 @dataclass(frozen=True)
 class LossTerms:

@@ -256,20 +256,6 @@ def _labels_for_metrics(checked: _Checked) -> Iterator[Fault]:
         )
 
 
-def _warm_up_ends(checked: _Checked) -> Iterator[Fault]:
-    """Warm-up ends within the run; where it overlaps the decay of a short rehearsal, the decay waits for it."""
-    steps = checked.recipe.train.steps
-    for role in checked.recipe.objective.role_names:
-        schedule, key = checked.recipe.schedule_of(role), checked.role_key(role, "schedule")
-        if schedule.warmup_steps > steps:
-            yield checked.fault(
-                f"{checked.say(f'{key}.warmup_steps', 'train.steps')}: warm-up never ends",
-                at=f"{key}.warmup_steps",
-                allowed=f"up to {steps}",
-                fix=f"set {key}.warmup_steps={steps // 20}, or raise train.steps",
-            )
-
-
 def _engines_fit(checked: _Checked) -> Iterator[Fault]:
     """ZeRO keeps flat partitions, which Muon cannot orthogonalise; HSDP replicas divide the ranks."""
     for role in checked.recipe.objective.role_names:
@@ -314,7 +300,6 @@ _CHECKS: tuple[Callable[[_Checked], Iterator[Fault]], ...] = (
     _sampler_fits,
     _guidance_has_null,
     _metrics_fit,
-    _warm_up_ends,
     _engines_fit,
     _milestones_are_saved,
 )

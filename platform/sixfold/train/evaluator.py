@@ -17,7 +17,7 @@ from sixfold.distributed.process_group import World
 from sixfold.distributed.randomness import PositionRandom
 from sixfold.evaluation.features import LabelledImages
 from sixfold.evaluation.images import SAMPLE_METRICS, ImageScores
-from sixfold.objectives.contract import Networks, Objective, Sum
+from sixfold.objectives.contract import Networks, Objective, Sum, add_sums, means_of
 from sixfold.recipe.recipe import Recipe
 from sixfold.samplers.contract import Sampler, SampleRequest
 from sixfold.train.samples import Samples, conditions_of
@@ -78,14 +78,11 @@ class Evaluator:
         for batch in self._held_out:
             on_device = batch.to(self._world.device)
             random = PositionRandom(self._recipe.seed + SEED_OFFSET, on_device.positions)
-            for name, value in objective.evaluate(networks, on_device, random).items():
-                total, count = value.total.double(), value.count.double()
-                before = totals.get(name)
-                totals[name] = Sum(total, count) if before is None else Sum(before.total + total, before.count + count)
+            add_sums(totals, objective.evaluate(networks, on_device, random))
         summed = sum_over_ranks(
             {f"{name}/{part}": getattr(value, part) for name, value in totals.items() for part in ("total", "count")}
         )
-        return {name: (summed[f"{name}/total"] / summed[f"{name}/count"]).item() for name in totals}
+        return means_of({name: Sum(summed[f"{name}/total"], summed[f"{name}/count"]) for name in totals})
 
     def _sample_scores(self, networks: Networks) -> dict[str, float]:
         scores = self._prepare_scores()

@@ -19,7 +19,7 @@ from sixfold.distributed.collectives import sum_over_ranks
 from sixfold.distributed.randomness import PositionRandom
 from sixfold.engine.contract import Engine, StepReport
 from sixfold.errors import TrainingError
-from sixfold.objectives.contract import Batch, LossTerms, Networks, Objective, Phase, Progress, Sum
+from sixfold.objectives.contract import Batch, LossTerms, Networks, Objective, Phase, Progress, Sum, add_sums, means_of
 from sixfold_data.stream import TrainStream
 
 
@@ -144,12 +144,7 @@ class _Totals:
     def add(self, terms: LossTerms) -> None:
         self.loss = self.loss + terms.loss.detach().double()
         self.count = self.count + terms.count.double()
-        for name, value in terms.metrics.items():
-            before = self.metrics.get(name)
-            total, count = value.total.double(), value.count.double()
-            self.metrics[name] = (
-                Sum(total, count) if before is None else Sum(before.total + total, before.count + count)
-            )
+        add_sums(self.metrics, terms.metrics)
         for name, statistic in terms.statistics.items():
             self.statistics[name] = self.statistics[name] + statistic if name in self.statistics else statistic
 
@@ -169,8 +164,7 @@ class _Totals:
         )
 
     def means(self) -> dict[str, float]:
-        sums = {"loss": Sum(self.loss, self.count), **self.metrics}
-        return {name: (value.total / value.count.clamp(min=1.0)).item() for name, value in sums.items()}
+        return means_of({"loss": Sum(self.loss, self.count), **self.metrics})
 
 
 def _accumulate(training: Training, engine: Engine, batch: Batch, phase: Phase) -> _Totals:
