@@ -14,7 +14,7 @@ RECIPE = "flow/dit-test"
 PARAMETERS = {"long": "x" * 7000} | {f"p{i}": i for i in range(150)}
 
 
-def train(run_dir, uri, *, resumed_step=0, steps=20, close_timeout_s=60.0, lr=1e-3, **settings):
+def train(run_dir, uri, *, resumed_step=0, steps=20, close_timeout_s=60.0, lr=1e-3, params=PARAMETERS, **settings):
     """A run that only logs."""
     log = EventLog(run_dir)
     log.begin(step=resumed_step)
@@ -24,7 +24,7 @@ def train(run_dir, uri, *, resumed_step=0, steps=20, close_timeout_s=60.0, lr=1e
         log,
         run_id=run_dir.name,
         recipe_name=RECIPE,
-        params={"optimizer": {"lr": lr}, **PARAMETERS},
+        params={"optimizer": {"lr": lr}, **params},
         tags={"git.commit": "abc"},
         recipe_path=run_dir / "recipe.yaml",
     )

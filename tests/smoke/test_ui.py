@@ -12,6 +12,7 @@ import time
 import psutil
 import pytest
 
+from sixfold.recipe.load import load_recipe
 from tracked_run import RECIPE, train
 
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -35,7 +36,8 @@ STEPS = 50
 def tracked(tmp_path_factory):
     """A folder with one finished run in its MLflow store."""
     folder = tmp_path_factory.mktemp("ui")
-    train(folder / "runs" / RECIPE / "run-one", f"sqlite:///{folder}/mlflow.db", steps=STEPS)
+    params = load_recipe("flow/dit-smoke").recipe.model_dump(mode="json")
+    train(folder / "runs" / RECIPE / "run-one", f"sqlite:///{folder}/mlflow.db", steps=STEPS, params=params)
     return folder
 
 

@@ -108,26 +108,20 @@ def test_a_run_deleted_over_there_is_sent_anew(two_runs, tmp_path):
     assert second.steps("train/loss") == list(range(1, 22))
 
 
-def test_a_point_that_the_store_refuses_costs_only_itself(two_runs, tmp_path, monkeypatch, caplog):
+def test_what_the_store_refuses_and_what_is_gone_cost_only_themselves(two_runs, tmp_path, monkeypatch, caplog):
     _, uri = two_runs
+    run_dir = tmp_path / "refused"
+    with EventLog(run_dir) as log:
+        log.image(key="samples/grid", step=0, path=run_dir / "deleted.png")
     monkeypatch.setattr("sixfold.tracking.names.metric_name", lambda name: name)  # names go out as they are
-    train(tmp_path / "refused", uri)
-    stored = Stored(tmp_path / "refused", uri)
-    assert stored.steps("train/loss") == list(range(1, 21))
-    assert stored.steps("val/nan") == list(range(1, 21))
+    train(run_dir, uri)
+    stored = Stored(run_dir, uri)
+    for metric in ("train/loss", "train/inf", "val/nan"):
+        assert stored.steps(metric) == list(range(1, 21))
+    assert stored.images() == ["images/samples~grid+step+10", "images/samples~grid+step+20"]
     assert stored.run.info.status == "FINISHED"
-    told = [record.getMessage() for record in caplog.records if "bad%name" in record.getMessage()]
-    assert len(told) == 1
-
-
-def test_a_sample_that_is_gone_costs_only_itself(two_runs, tmp_path, caplog):
-    _, uri = two_runs
-    log = EventLog(tmp_path / "gone")
-    log.image(key="samples/grid", step=0, path=tmp_path / "gone" / "deleted.png")
-    log.close()
-    train(tmp_path / "gone", uri)
-    assert_complete(Stored(tmp_path / "gone", uri))
-    assert "deleted.png" in caplog.text
+    for refused in ("bad%name", "deleted.png"):
+        assert len([record for record in caplog.records if refused in record.getMessage()]) == 1
 
 
 def test_a_server_that_is_away_delays_and_loses_nothing(two_runs, tmp_path, caplog):

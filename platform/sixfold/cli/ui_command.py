@@ -113,9 +113,12 @@ def _require_runs(found: list[TrackedRun], store: str) -> list[TrackedRun]:
 
 
 def _print_runs(runs: list[TrackedRun], server: str) -> None:
-    """One run a line, its link last and unbroken, so that a terminal makes it clickable."""
+    """Print links unbroken, so that a terminal makes them clickable."""
     for run in runs:
-        typer.echo(f"{run.experiment}  {run.name}  {run.status.lower()}\n  {run.link(server)}")
+        link = run.link(server)
+        typer.echo(f"{run.experiment}  {run.name}  {run.status.lower()}")
+        typer.echo(f"  charts   {link}")
+        typer.echo(f"  samples  {link.removesuffix('/model-metrics')}")
 
 
 def _free_port() -> int:

@@ -53,6 +53,12 @@ class EventLog:
         self._progress = (0, 0)
         self._descriptor = self._open()
 
+    def __enter__(self) -> EventLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     @property
     def attempt(self) -> int:
         """The number of this attempt, from 1; 0 before :meth:`begin`."""

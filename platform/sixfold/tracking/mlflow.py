@@ -8,9 +8,9 @@ takes seconds.
 
 from __future__ import annotations
 
+import fcntl
 import getpass
 import hashlib
-import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +22,8 @@ from typing import Any, TypeVar
 from sixfold.errors import EnvironmentFault
 from sixfold.tracking.description import Sample, describe
 from sixfold.tracking.events import Event, read_events
-from sixfold.tracking.names import NameMap, image_key, metric_name, parameter_value, redact, tag_value
+from sixfold.tracking.names import image_key, metric_name, parameter_value, redact, tag_value
+from sixfold.tracking.points import HighWater, Point, milliseconds
 from sixfold.tracking.settings import Cursor, MirrorSettings, sqlite_path
 from sixfold.tracking.spool import logger
 
@@ -46,6 +47,27 @@ QUIET = {
 }
 _STORED_IMAGE = re.compile(r"(?P<stem>images/(?P<key>.+)\+step\+(?P<step>\d+)\+timestamp\+.*)\+compressed\.webp")
 _MODEL_NAME_FORBIDDEN = re.compile(r"[/:.%\"']+")
+
+
+def open_client(uri: str) -> Any:
+    """Return a client of a store, whose tables are made or brought up to date first.
+
+    MLflow does that without keeping others out: two runs that open a new sqlite file together, each half through its
+    migrations, break each other's and may leave the file unusable. Hence a lock beside it.
+    """
+    quieten()
+    from mlflow import MlflowClient
+
+    database = sqlite_path(uri)
+    if database is None:
+        return MlflowClient(tracking_uri=uri)
+    database.parent.mkdir(parents=True, exist_ok=True)
+    with database.with_name(f"{database.name}.lock").open("w") as lock:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        client = MlflowClient(tracking_uri=uri)
+        client.search_experiments(max_results=1)
+    return client
 
 
 def quieten() -> None:
@@ -75,17 +97,13 @@ def newest_runs(uri: str, limit: int) -> list[TrackedRun]:
     Raises:
         EnvironmentFault: MLflow is not installed, or the store cannot be used.
     """
-    quieten()
     try:
-        from mlflow import MlflowClient
-        from mlflow.exceptions import MlflowException
-    except ImportError as error:
-        raise EnvironmentFault.of("MLflow is not installed", fix="pip install 'sixfold[mlflow]'") from error
-    try:
-        client = MlflowClient(tracking_uri=uri)
+        client = open_client(uri)
         experiments = {experiment.experiment_id: experiment.name for experiment in client.search_experiments()}
         runs = client.search_runs(list(experiments), max_results=limit, order_by=["attributes.start_time DESC"])
-    except MlflowException as error:
+    except ImportError as error:
+        raise EnvironmentFault.of("MLflow is not installed", fix="pip install 'sixfold[mlflow]'") from error
+    except Exception as error:  # MLflow lets errors of its database and HTTP libraries through
         raise EnvironmentFault.of(f"the MLflow store cannot be used: {error}", where=redact(uri)) from error
     return [
         TrackedRun(
@@ -107,9 +125,8 @@ class MLflowMirror:
         self.cursor = Cursor.read(run_dir, settings.mirror)
         self._settings = settings
         self._client: Any = None
-        self._names = NameMap()
         self._refused: set[str] = set()
-        self._high_water: dict[str, int] = {}
+        self._high_water = HighWater({})
         self._images: dict[tuple[str, int], str] = {}
         self._samples: dict[str, Sample] = {}
         self._model_id: str | None = None
@@ -134,10 +151,7 @@ class MLflowMirror:
 
     def connect(self) -> int:
         """Find or make the run, bring its parameters and tags up to date, and learn what it holds already."""
-        quieten()
-        from mlflow import MlflowClient
-
-        self._client = MlflowClient(tracking_uri=self._settings.uri)
+        self._client = open_client(self._settings.uri)
         experiment_id = self._find_experiment()
         run = self._find_run(experiment_id)
         if run is None:  # new, or deleted over there: it gets the whole log
@@ -145,7 +159,7 @@ class MLflowMirror:
             self.cursor = Cursor(mirror=self._settings.mirror)
         self.cursor = replace(self.cursor, experiment_id=experiment_id, run_id=run.info.run_id)
         self.commit(self.cursor.sequence)
-        self._high_water = {metric.key: int(metric.step) for metric in run.data.to_proto().metrics}
+        self._high_water = HighWater({metric.key: metric.step for metric in run.data.to_proto().metrics})
         self._images = self._stored_images()
         self._model_id = self._stored_model(experiment_id)
         self._send_parameters(run.data.params)
@@ -221,7 +235,7 @@ class MLflowMirror:
         with suppress(KeyError, OSError):  # a container's user may have no name
             tags["mlflow.user"] = getpass.getuser()
         first = next(read_events(self.run_dir), None)  # the run may be seen over there long after it began
-        started = None if first is None else _milliseconds(first)
+        started = None if first is None else milliseconds(first)
         return self._client.create_run(experiment_id, started, tags, self._settings.run_name)
 
     def _stored_images(self) -> dict[tuple[str, int], str]:
@@ -271,37 +285,30 @@ class MLflowMirror:
     def _send_metrics(self, events: Sequence[Event]) -> None:
         from mlflow.exceptions import MlflowException
 
-        for batch in _batches(list(self._fresh_points(events)), METRICS_A_BATCH):
+        for batch in _batches(self._high_water.above(events), METRICS_A_BATCH):
             try:
-                self._client.log_batch(self.cursor.run_id, metrics=batch)
+                self._log_points(batch)
             except MlflowException as error:
                 if not _is_refusal(error) or not self._is_alive():
                     raise
                 self._send_one_by_one(batch)
-            self._high_water |= {point.key: point.step for point in batch}
+            self._high_water.raise_to(batch)
 
-    def _fresh_points(self, events: Sequence[Event]) -> Iterator[Any]:
-        """Yield points above each metric's high-water mark; infinity becomes NaN, for MLflow would store 1.8e308."""
-        from mlflow.entities import Metric
-
-        reached = dict(self._high_water)
-        for event in events:
-            for original, encoded in event["metrics"].items():
-                name, step, value = self._names[original], int(event["step"]), float(encoded)
-                if step > reached.get(name, -1):
-                    reached[name] = step
-                    yield Metric(name, math.nan if math.isinf(value) else value, _milliseconds(event), step)
-
-    def _send_one_by_one(self, points: Sequence[Any]) -> None:
+    def _send_one_by_one(self, points: Sequence[Point]) -> None:
         from mlflow.exceptions import MlflowException
 
         for point in points:
             try:
-                self._client.log_batch(self.cursor.run_id, metrics=[point])
+                self._log_points([point])
             except MlflowException as error:
                 if not _is_refusal(error):
                     raise
-                self._tell_refused(point.key, error)
+                self._tell_refused(point.name, error)
+
+    def _log_points(self, points: Sequence[Point]) -> None:
+        from mlflow.entities import Metric
+
+        self._client.log_batch(self.cursor.run_id, metrics=[Metric(*point) for point in points])
 
     def _send_other(self, event: Event) -> None:
         match event["event"]:
@@ -320,7 +327,7 @@ class MLflowMirror:
                 self._send_tags({"sixfold.rolled_back": f"from step {event['from_step']} to {event['step']}"})
             case "finished":
                 status = STATUSES[event["status"]]
-                self._client.set_terminated(self.cursor.run_id, status, end_time=_milliseconds(event))
+                self._client.set_terminated(self.cursor.run_id, status, end_time=milliseconds(event))
 
     def _send_image(self, event: Event) -> None:
         import PIL.Image
@@ -332,7 +339,7 @@ class MLflowMirror:
             except OSError as error:  # gone from the run folder, or not an image
                 self._tell_refused(event["path"], error)
                 return
-            timestamp = _milliseconds(event)
+            timestamp = milliseconds(event)
             self._client.log_image(self.cursor.run_id, image, key=key, step=step, timestamp=timestamp, synchronous=True)
             self._images = self._stored_images()
         self._describe(key, Sample(step=step, image=self._images[key, step]))
@@ -385,10 +392,6 @@ class MLflowMirror:
 
 def _is_refusal(error: Any) -> bool:
     return error.error_code in {"INVALID_PARAMETER_VALUE", "BAD_REQUEST"}
-
-
-def _milliseconds(event: Event) -> int:
-    return int(event["time"] * 1000)
 
 
 def _batches(entries: Sequence[T], size: int) -> Iterator[Sequence[T]]:
