@@ -74,11 +74,18 @@ def _skip_probe(config, poison):
     return report, untouched, trace
 
 
-@pytest.mark.parametrize("poison", [math.nan, math.inf])
 @pytest.mark.parametrize(
-    "config",
-    [DDP, FSDP, _zero(1), _zero(2), _zero(3), _zero(2, offload_optimizer=True), _zero(3, offload_optimizer=True)],
-    ids=lambda config: f"{config.type}{getattr(config, 'zero_stage', '')}{getattr(config, 'offload_optimizer', '')}",
+    ("config", "poison"),
+    [
+        (DDP, math.nan),
+        (FSDP, math.nan),
+        (FSDP, math.inf),
+        (_zero(1), math.nan),
+        (_zero(2), math.inf),
+        (_zero(3), math.nan),
+        (_zero(2, offload_optimizer=True), math.nan),
+        (_zero(3, offload_optimizer=True), math.inf),
+    ],
 )
 def test_all_ranks_skip_a_non_finite_step_and_go_on(config, poison):
     alone, untouched_alone, expected = _skip_probe(REFERENCE, poison)
@@ -107,7 +114,7 @@ def _flagged_probe(config):
     return report.skipped, untouched, trace.losses
 
 
-@pytest.mark.parametrize("config", [DDP, FSDP, _zero(1), _zero(2), _zero(3), _zero(3, offload_optimizer=True)])
+@pytest.mark.parametrize("config", [FSDP, _zero(1), _zero(3), _zero(3, offload_optimizer=True)])
 def test_one_rank_s_word_is_enough(config):
     expected = train_toy(REFERENCE, 1, 4).losses[1:]
     for skipped, untouched, losses in rank_pool(2).run(_flagged_probe, config):

@@ -81,8 +81,10 @@ def test_bfloat16_keeps_fp32_masters(config, reference):
         assert largest_difference(trace.parameters, reference.parameters) < 0.1
 
 
-@pytest.mark.parametrize("checkpointing", ["full", "selective"])
-@pytest.mark.parametrize("config", [FSDPConfig(precision="fp32"), DeepSpeedConfig(precision="fp32", zero_stage=3)])
+@pytest.mark.parametrize(
+    ("config", "checkpointing"),
+    [(FSDPConfig(precision="fp32"), "selective"), (DeepSpeedConfig(precision="fp32", zero_stage=3), "full")],
+)
 def test_recomputation_changes_nothing_under_sharding(config, checkpointing, reference):
     config = config.model_copy(update={"activation_checkpointing": checkpointing})
     for trace in rank_pool(2).run(train_toy, config, 2):

@@ -56,8 +56,7 @@ def apply_activation_checkpointing(network: Network, config: EngineConfig) -> No
 
 def _replace_forwards(network: Network, **options: Any) -> None:
     for block in network.blocks():
-        # Draws are keyed by sample positions, never by generator state, so there is none to preserve.
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, **options)
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, **options)
 
 
 def _keep_costly(_context: Any, operation: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:

@@ -53,7 +53,7 @@ class DDPEngine(TorchEngine):
 def _accelerator(world: World) -> Any:
     """Return accelerate's front (its state is one a process, whichever role asks)."""
     try:
-        from accelerate import Accelerator
+        from accelerate import Accelerator, DistributedDataParallelKwargs
     except ImportError as error:
         raise EnvironmentFault.of(
             "engine type ddp needs the package accelerate, which is not installed",
@@ -62,7 +62,9 @@ def _accelerator(world: World) -> Any:
             fix="pip install 'sixfold[accelerate]', or set engine.type=fsdp",
         ) from error
     # Its mixed precision is one a process, whereas roles choose theirs: the network's own autocast does that.
-    return Accelerator(cpu=world.device.type == "cpu", mixed_precision="no")
+    # Buffers change only by rules that all ranks apply alike, so broadcasting them at every forward is waste.
+    replicas = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    return Accelerator(cpu=world.device.type == "cpu", mixed_precision="no", kwargs_handlers=[replicas])
 
 
 def _prepare(network: nn.Module, world: World) -> nn.Module:

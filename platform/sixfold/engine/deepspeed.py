@@ -69,6 +69,7 @@ class DeepSpeedEngine:
         self._zero: Any = zero
         self._adam_states = _allocate_states(zero)
         self._fragments = fragments(zero, parameters)
+        self._host_mesh = host_mesh()
         for name, part in self._fragments.items():
             whole = initial_value(tags[name], part.shape, seed=specification.seed, role=specification.role, name=name)
             with torch.no_grad():
@@ -125,11 +126,11 @@ class DeepSpeedEngine:
         """Return the state cut evenly over ranks on the CPU, gathered one tensor at a time; a collective."""
         state: State = {}
         for name, part in self._fragments.items():
-            state[f"parameters/{name}"] = _cut_for_checkpoint(part.gather(part.read()))
+            state[f"parameters/{name}"] = self._cut(part.gather(part.read()))
             for slot in SLOTS:
-                state[f"optimizer/{name}/{slot}"] = _cut_for_checkpoint(part.gather(part.read(slot)))
+                state[f"optimizer/{name}/{slot}"] = self._cut(part.gather(part.read(slot)))
             if self._average is not None:
-                state[f"ema/{name}"] = _cut_for_checkpoint(part.gather(self._average[name]))
+                state[f"ema/{name}"] = self._cut(part.gather(self._average[name]))
         state |= {f"buffers/{name}": value for name, value in persistent_buffers(self.network).items()}
         return state | {"optimizer_step": torch.tensor(self.updates)}
 
@@ -138,7 +139,7 @@ class DeepSpeedEngine:
         names = [f"optimizer/{{}}/{slot}" for slot in SLOTS] + ["parameters/{}"]
         names += ["ema/{}"] if self._average is not None else []
         template: State = {
-            pattern.format(name): _cut_for_checkpoint(torch.empty(part.shape))
+            pattern.format(name): self._cut(torch.empty(part.shape))
             for name, part in self._fragments.items()
             for pattern in names
         }
@@ -202,6 +203,10 @@ class DeepSpeedEngine:
         self._zero._partition_all_parameters()  # some stay gathered after a forward, and would stay as they were
         for group in range(len(self._zero.fp16_groups)):
             self._zero._reassign_or_swap_out_partitioned_parameters(group)
+
+    def _cut(self, whole: Tensor) -> DTensor:
+        """Keep this rank's rows of a whole tensor on the CPU."""
+        return distribute_tensor(whole, self._host_mesh, [Shard(0)], src_data_rank=None)
 
     def _discard_gradients(self) -> None:
         """Forget what backward accumulated, as DeepSpeed does on overflow (it has no call for it)."""
@@ -317,11 +322,6 @@ def _restore_buffers(network: nn.Module, device: torch.device) -> None:
             if value.is_floating_point():
                 part._buffers[name] = torch.empty_like(value, dtype=torch.float32, device=device)
     reset_buffers(network)
-
-
-def _cut_for_checkpoint(whole: Tensor) -> DTensor:
-    """Keep this rank's rows of a whole tensor."""
-    return distribute_tensor(whole, host_mesh(), [Shard(0)], src_data_rank=None)
 
 
 def _whole(value: Tensor) -> Tensor:

@@ -82,7 +82,7 @@ def rehearse(
     """
     with fake_world(world_size) as world, FakeTensorMode(allow_non_fake_inputs=True):
         specification = RoleSpecification(
-            engine=engine_config,
+            engine=engine_config.model_copy(update={"compile": False}),  # compiling needs real tensors and minutes
             optimizer=optimizer_config,
             schedule=ConstantScheduleConfig(),
             network=network_config,
