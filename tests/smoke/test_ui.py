@@ -138,7 +138,7 @@ def moved_to_last_step(browser):
     return False
 
 
-def test_charts_and_sample_grid_are_where_the_link_leads(ui, browser, tracked):
+def test_charts_and_sample_grid_are_where_the_link_leads(browser, ui, tracked):
     browser.get(ui)
     shown = wait_for(browser, "the loss chart", lambda driver: charts(driver).get("loss"))
     assert shown == pytest.approx([1 / step for step in range(1, STEPS + 1)])
@@ -149,7 +149,7 @@ def test_charts_and_sample_grid_are_where_the_link_leads(ui, browser, tracked):
     browser.save_screenshot(str(tracked / "charts.png"))
 
 
-def test_the_overview_shows_the_newest_samples(ui, browser, tracked):
+def test_the_overview_shows_the_newest_samples(browser, ui, tracked):
     browser.get(ui.removesuffix("/model-metrics"))
     wait_for(browser, "the newest samples", lambda driver: loaded_images(driver, "body"))
     content = browser.find_element("tag name", "body").get_attribute("textContent")

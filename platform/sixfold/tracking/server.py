@@ -18,7 +18,7 @@ from sixfold.tracking.settings import sqlite_path
 
 HOST = "127.0.0.1"
 START_TIMEOUT_S = 120.0
-STOP_TIMEOUT_S = 10.0
+STOP_TIMEOUT_S = 3.0
 
 
 class MLflowServer:
