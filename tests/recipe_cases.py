@@ -9,8 +9,7 @@ import torch
 
 from parity_matrix import Trajectory
 from sixfold.checkpoint.ranks import Ranks
-from sixfold.checkpoint.reading import fill
-from sixfold.checkpoint.storage import StoreReader
+from sixfold.checkpoint.reading import fill, open_reader
 from sixfold.checkpoint.verification import newest_verified
 from sixfold.config.base import Component
 from sixfold.distributed.process_group import join
@@ -101,7 +100,7 @@ def saved_tensors(folder: Path, step: int) -> dict[str, torch.Tensor]:
     candidate = newest_verified(folder / "checkpoints", print)
     assert candidate is not None
     assert candidate.step == step
-    saved = StoreReader(candidate.store, candidate.folder, candidate.manifest).tensors()
+    saved = open_reader(candidate, Ranks(None)).tensors()
     state = {key: torch.empty(value.size, dtype=value.properties.dtype) for key, value in saved.items()}
     fill(candidate, state, Ranks(None))
     return state

@@ -109,12 +109,14 @@ def _flagged_probe(config):
         engine.backward(engine.module(tokens).square().sum())
     report = engine.step(torch.tensor(3.0), finite=torch.tensor(this_world().rank != 1))
     untouched = all(torch.equal(value, before[name]) for name, value in whole_state(engine).items())
-    trace = continue_toy(engine, 1, 4, 1, {})
+    trace = continue_toy(engine, 1, 4, 2, {})
     engine.close()
     return report.skipped, untouched, trace.losses
 
 
-@pytest.mark.parametrize("config", [FSDP, _zero(1), _zero(3), _zero(3, offload_optimizer=True)])
+@pytest.mark.parametrize(
+    "config", [FSDP, *(_zero(stage, offload_optimizer=offload) for stage in (1, 2, 3) for offload in (False, True))]
+)
 def test_one_rank_s_word_is_enough(config):
     expected = train_toy(REFERENCE, 1, 4).losses[1:]
     for skipped, untouched, losses in rank_pool(2).run(_flagged_probe, config):

@@ -50,5 +50,7 @@ def test_resumed_across_engines_and_world_sizes(name, demo_data, tmp_path):
     expected, found = (saved_tensors(tmp_path / run, 3 * steps) for run in ("whole", "travelled"))
     assert expected.keys() == found.keys()
     for key, value in expected.items():
+        if "attention.key.bias" in key:
+            continue  # softmax ignores it: its gradient is rounding alone, which Adam scales up to a full step
         difference = (found[key].double() - value.double()).norm() / value.double().norm().clamp(min=1e-12)
         assert difference < 1e-4, f"{key} differs by {difference:.1e}"

@@ -209,17 +209,17 @@ class DeepSpeedEngine:
         return distribute_tensor(whole, self._host_mesh, [Shard(0)], src_data_rank=None)
 
     def _discard_gradients(self) -> None:
-        """Forget what backward accumulated, as DeepSpeed does on overflow (it has no call for it)."""
-        zero = self._zero
-        zero.micro_step_id = 0 if self._stage == _PARAMETER_SHARDING_STAGE else -1
+        """Forget what backward accumulated, as DeepSpeed does on overflow (it has no call for that)."""
+        zero, config = self._zero, self.specification.engine
+        assert isinstance(config, DeepSpeedConfig)
         zero.zero_grad(set_to_none=True)
-        if self.specification.engine.offload_optimizer:  # type: ignore[union-attr]  # checked at construction
+        if config.offload_optimizer:
             zero.reset_cpu_buffers()
-        for held in ("averaged_gradients", "all_grad_tensors"):
-            if hasattr(zero, held):
-                setattr(zero, held, {})
-        if hasattr(zero, "_release_preflattened_grad_buffers"):
+        zero.averaged_gradients.clear()
+        if self._stage < _PARAMETER_SHARDING_STAGE:
+            zero.micro_step_id = -1  # the next micro-batch replaces offloaded gradients instead of adding to them
             zero._release_preflattened_grad_buffers()
+            zero.all_grad_tensors.clear()
 
     @property
     def _stage(self) -> int:
