@@ -61,9 +61,8 @@ def test_dense_equals_llama():
     copy_common(ours, theirs)
     with torch.no_grad():
         for block, layer in zip(ours.layers, theirs.model.layers, strict=True):
-            gate, up = block.feed_forward.gate_and_up.weight.chunk(2)
-            layer.mlp.gate_proj.weight.copy_(gate)
-            layer.mlp.up_proj.weight.copy_(up)
+            layer.mlp.gate_proj.weight.copy_(block.feed_forward.gate.weight)
+            layer.mlp.up_proj.weight.copy_(block.feed_forward.up.weight)
             layer.mlp.down_proj.weight.copy_(block.feed_forward.down.weight)
     tokens = torch.randint(0, 31, (2, 20))
     pairs = [
@@ -129,9 +128,8 @@ def test_sigmoid_routing_with_bias_and_shared_experts_equals_deepseek_v3():
         theirs.gate.e_score_correction_bias.copy_(layer.router.expert_bias)
         theirs.experts.gate_up_proj.copy_(layer.experts.gate_and_up)
         theirs.experts.down_proj.copy_(layer.experts.down)
-        gate, up = layer.shared.gate_and_up.weight.chunk(2)
-        theirs.shared_experts.gate_proj.weight.copy_(gate)
-        theirs.shared_experts.up_proj.weight.copy_(up)
+        theirs.shared_experts.gate_proj.weight.copy_(layer.shared.gate.weight)
+        theirs.shared_experts.up_proj.weight.copy_(layer.shared.up.weight)
         theirs.shared_experts.down_proj.weight.copy_(layer.shared.down.weight)
     x = torch.randn(2, 16, config.width)
     ours, expected = layer(x)[0], theirs(x)

@@ -3,7 +3,7 @@ import torch
 
 from model_helpers import dense, mixture, randomized
 from sixfold.models.attention import causal_attention, continuation_mask, document_mask
-from sixfold.models.moe_transformer.attention import rotary_angles, rotate
+from sixfold.models.moe_transformer.attention import rotary_table, rotate
 
 
 def test_attention_is_the_softmax_formula_with_shared_key_heads():
@@ -31,7 +31,7 @@ def test_rotary_scores_depend_on_the_distance_alone():
 
     def score(query_position, key_position):
         turned = [
-            rotate(x, *rotary_angles(position, 1, 16, 10_000.0, x.device))
+            rotate(x, *rotary_table(position, 1, 16, 10_000.0, x.device))
             for x, position in ((query, query_position), (key, key_position))
         ]
         return (turned[0] * turned[1]).sum()

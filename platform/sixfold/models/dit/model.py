@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import gelu, layer_norm, scaled_dot_product_attention, silu
@@ -21,7 +22,7 @@ def modulated_norm(
     x: Float[Tensor, "n tokens width"], shift: Float[Tensor, "n 1 width"], scale: Float[Tensor, "n 1 width"]
 ) -> Float[Tensor, "n tokens width"]:
     """LayerNorm(x) * (1 + scale) + shift, the norm without parameters of its own."""
-    return (layer_norm(x, x.shape[-1:], eps=_EPSILON) * (1.0 + scale) + shift).to(compute_dtype(x))
+    return torch.addcmul(shift, layer_norm(x, x.shape[-1:], eps=_EPSILON), 1.0 + scale).to(compute_dtype(x))
 
 
 class SelfAttention(nn.Module):
@@ -68,10 +69,10 @@ class Block(nn.Module):
         """Apply the block; ``condition`` is the embedded condition after its SiLU."""
         parts = self.modulation(condition)[:, None].chunk(6, dim=-1)
         attention_shift, attention_scale, attention_gate, mlp_shift, mlp_scale, mlp_gate = parts
-        x = x + attention_gate * self.attention(modulated_norm(x, attention_shift, attention_scale))
+        attended = self.attention(modulated_norm(x, attention_shift, attention_scale))
+        x = torch.addcmul(x, attention_gate, attended)
         hidden = gelu(self.up(modulated_norm(x, mlp_shift, mlp_scale)), approximate="tanh")
-        mixed: Tensor = x + mlp_gate * self.down(hidden)
-        return mixed
+        return torch.addcmul(x, mlp_gate, self.down(hidden))
 
 
 class FinalLayer(nn.Module):

@@ -22,36 +22,38 @@ class AttentionContext:
     It is no pytree on purpose: sharding hooks that cast a block's inputs to bf16 leave the rotary angles in fp32.
 
     Attributes:
-        cosine, sine: of the rotary angles, ``[length, features / 2]`` fp32.
+        cosine, sine: see :func:`rotary_table`.
         mask: see :func:`sixfold.models.attention.causal_attention`.
         start: the position of the first token: how many are cached.
     """
 
-    cosine: Float[Tensor, "length half"]
-    sine: Float[Tensor, "length half"]
+    cosine: Float[Tensor, "length 1 features"]
+    sine: Float[Tensor, "length 1 features"]
     mask: AttentionMask | None = None
     start: int = 0
 
 
-def rotary_angles(
+def rotary_table(
     start: int, length: int, features: int, theta: float, device: torch.device
-) -> tuple[Float[Tensor, "length half"], Float[Tensor, "length half"]]:
-    """Return cosine and sine of position * theta^(-2i / features), i < features / 2 (RoFormer, arXiv 2104.09864)."""
+) -> tuple[Float[Tensor, "length 1 features"], Float[Tensor, "length 1 features"]]:
+    """Return cosine and signed sine of position * theta^(-2i / features), i < features / 2 (arXiv 2104.09864).
+
+    Feature i turns with feature i + features / 2, so the angles come twice; the sine is negative the first time.
+    """
     exponent = torch.arange(0, features, 2, device=device, dtype=torch.float32) / features
     position = torch.arange(start, start + length, device=device, dtype=torch.float32)
-    angle = position[:, None] * theta**-exponent
-    return angle.cos(), angle.sin()
+    angle = position[:, None, None] * theta**-exponent
+    cosine, sine = angle.cos(), angle.sin()
+    return torch.cat([cosine, cosine], dim=-1), torch.cat([-sine, sine], dim=-1)
 
 
 def rotate(
     x: Float[Tensor, "n length heads features"],
-    cosine: Float[Tensor, "length half"],
-    sine: Float[Tensor, "length half"],
+    cosine: Float[Tensor, "length 1 features"],
+    sine: Float[Tensor, "length 1 features"],
 ) -> Float[Tensor, "n length heads features"]:
-    """Rotate feature i with feature i + features / 2 by the position's i-th angle, in fp32."""
-    first, second = x.chunk(2, dim=-1)
-    cosine, sine = cosine[:, None], sine[:, None]
-    return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1).to(x.dtype)
+    """Rotate each feature with its partner, half the features away, in fp32."""
+    return torch.addcmul(x * cosine, x.roll(x.shape[-1] // 2, dims=-1), sine).to(x.dtype)
 
 
 class Attention(nn.Module):

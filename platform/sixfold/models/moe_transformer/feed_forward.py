@@ -13,23 +13,18 @@ from sixfold.models.network import Linear, ParameterTag, normal, parameter
 from sixfold.models.precision import compute_dtype
 
 
-def swiglu(gate_and_up: Float[Tensor, "*batch two_hidden"]) -> Float[Tensor, "*batch hidden"]:
-    """silu(gate) * up, the halves of the last dimension (Shazeer, arXiv 2002.05202)."""
-    gate, up = gate_and_up.chunk(2, dim=-1)
-    return nn.functional.silu(gate) * up
-
-
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)) without biases."""
+    """down(silu(gate(x)) * up(x)) without biases (Shazeer, arXiv 2002.05202)."""
 
     def __init__(self, width: int, hidden: int, *, tag: ParameterTag, output_tag: ParameterTag) -> None:
         super().__init__()
-        self.gate_and_up = Linear(width, 2 * hidden, tag=tag)
+        self.gate = Linear(width, hidden, tag=tag)
+        self.up = Linear(width, hidden, tag=tag)
         self.down = Linear(hidden, width, tag=output_tag)
 
     def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
         """Apply the layer to each token."""
-        mapped: Tensor = self.down(swiglu(self.gate_and_up(x)))
+        mapped: Tensor = self.down(nn.functional.silu(self.gate(x)) * self.up(x))
         return mapped
 
 
@@ -45,8 +40,8 @@ class Experts(nn.Module):
         """Map rows ``ends[e-1]:ends[e]`` by expert e; an expert may have no rows."""
         dtype = compute_dtype(rows)  # autocast does not know grouped products
         gate_and_up, down = self.gate_and_up.to(dtype), self.down.to(dtype)
-        hidden = swiglu(grouped_linear(rows.to(dtype), gate_and_up, ends))
-        return grouped_linear(hidden, down, ends)
+        gate, up = grouped_linear(rows.to(dtype), gate_and_up, ends).chunk(2, dim=-1)
+        return grouped_linear(nn.functional.silu(gate) * up, down, ends)
 
 
 class MixtureOfExperts(nn.Module):

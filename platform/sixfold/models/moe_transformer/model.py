@@ -11,7 +11,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from sixfold.models.attention import continuation_mask, document_mask
-from sixfold.models.moe_transformer.attention import Attention, AttentionContext, rotary_angles
+from sixfold.models.moe_transformer.attention import Attention, AttentionContext, rotary_table
 from sixfold.models.moe_transformer.cache import KeyValueCache, LayerCache
 from sixfold.models.moe_transformer.config import MoETransformerConfig
 from sixfold.models.moe_transformer.feed_forward import MixtureOfExperts, SwiGLU
@@ -149,16 +149,16 @@ class MoETransformer(Network):
         return n * length * (self._flops_per_token + attention)
 
     def _context(self, tokens: Tensor, documents: Tensor | None, cache: KeyValueCache | None) -> AttentionContext:
-        """Prepare what all layers share: rotary angles and the mask."""
+        """Prepare what all layers share: the rotary table and the mask."""
         length, start = tokens.shape[1], 0 if cache is None else cache.length
-        angles = rotary_angles(start, length, self.config.features_per_head, self.config.rope_theta, tokens.device)
+        table = rotary_table(start, length, self.config.features_per_head, self.config.rope_theta, tokens.device)
         mask = None
         if documents is not None:
             assert cache is None, "packed documents are for training; a cache holds one document a sequence"
             mask = document_mask(documents)
         elif start and length > 1:
             mask = continuation_mask(length, start + length, tokens.device)
-        return AttentionContext(*angles, mask, start)
+        return AttentionContext(*table, mask, start)
 
 
 def _collect(routings: list[Routing]) -> Routing:
