@@ -105,8 +105,9 @@ def _flagged_probe(config):
     toy_step(engine, 0)
     before = whole_state(engine)
     tokens = torch.tensor([1, 2, 3])
-    with engine.accumulate(last=True):
-        engine.backward(engine.module(tokens).square().sum())
+    for last in (False, True):
+        with engine.accumulate(last=last):
+            engine.backward(engine.module(tokens).square().sum())
     report = engine.step(torch.tensor(3.0), finite=torch.tensor(this_world().rank != 1))
     untouched = all(torch.equal(value, before[name]) for name, value in whole_state(engine).items())
     trace = continue_toy(engine, 1, 4, 2, {})
