@@ -45,15 +45,21 @@ class Outcome:
 
 
 def launch(
-    run_folder: Path, *, ranks: int, max_restarts: int = 0, on_restart: Callable[[str], None] = print
+    run_folder: Path,
+    *,
+    ranks: int,
+    max_restarts: int = 0,
+    inherited: Sequence[int] = (),
+    on_restart: Callable[[str], None] = print,
 ) -> Outcome:
     """Start ``ranks`` workers on a run folder, wait for them, and restart all of them when one was killed.
 
-    SIGINT and SIGTERM are passed on, so that the ranks save at the next step boundary and end.
+    The workers keep the ``inherited`` descriptors open. SIGINT and SIGTERM are passed on to them, so that they save at
+    the next step boundary and end.
     """
     restarts = 0
     while True:
-        outcome = _launch_once(run_folder, ranks)
+        outcome = _launch_once(run_folder, ranks, inherited)
         if not outcome.killed or restarts == max_restarts:
             return outcome
         restarts += 1
@@ -63,7 +69,7 @@ def launch(
         )
 
 
-def _launch_once(run_folder: Path, ranks: int) -> Outcome:
+def _launch_once(run_folder: Path, ranks: int, inherited: Sequence[int]) -> Outcome:
     environment = rank_environment(ranks)
     command = [sys.executable, "-m", WORKER_MODULE, str(run_folder)]
     workers = [
@@ -72,6 +78,7 @@ def _launch_once(run_folder: Path, ranks: int) -> Outcome:
             command,
             env={**os.environ, **environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             start_new_session=True,
+            pass_fds=inherited,
         )
         for rank in range(ranks)
     ]

@@ -57,15 +57,17 @@ def run(
 
     from sixfold.recipe.checks import check_recipe
     from sixfold.train.fitting import check_data_fits
-    from sixfold.train.run_folder import prepare_run_folder
+    from sixfold.train.run_folder import held, prepare_run_folder, take_up
     from sixfold_data.describe import describe
     from sixfold_launchers.local import launch
 
     check_recipe(loaded.recipe, nproc, provenance=loaded.provenance)
     check_data_fits(loaded.recipe, describe(loaded.recipe.data))
     folder = prepare_run_folder(loaded.recipe, run_dir, resume=resume == "auto")
-    typer.echo(f"{loaded.recipe.name}: run {folder.run_id} in {folder.path}")
-    outcome = launch(folder.path, ranks=nproc, max_restarts=max_restarts)
+    with held(folder) as lock:
+        take_up(folder, loaded.recipe)
+        typer.echo(f"{loaded.recipe.name}: run {folder.run_id} in {folder.path}")
+        outcome = launch(folder.path, ranks=nproc, max_restarts=max_restarts, inherited=(lock,))
     if outcome.exit_code:
         typer.echo(folder.failure(outcome.rank, outcome.exit_code), err=True)
     raise typer.Exit(outcome.exit_code)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import secrets
 import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 from sixfold.errors import RecipeError, UserError
 from sixfold.recipe.recipe import Recipe
+
+_LOCK_WAIT_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -70,13 +76,45 @@ class RunFolder:
         return self.path / "errors" / f"rank-{rank}.txt"
 
 
+@contextmanager
+def held(folder: RunFolder) -> Iterator[int]:
+    """Hold the run folder for one job: two at once would overwrite one another's records.
+
+    Yields a descriptor that the ranks inherit, so that the folder is free only when the last of them has ended. The
+    ranks of a job whose launcher was killed end within a second: that long a new job waits.
+
+    Raises:
+        UserError: another job holds the folder.
+    """
+    descriptor = os.open(folder.path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        deadline = time.monotonic() + _LOCK_WAIT_S
+        while not _locked(descriptor):
+            if time.monotonic() > deadline:
+                raise UserError.of(
+                    "another job is working on this run", where=str(folder.path), fix="wait for it, or stop it first"
+                )
+            time.sleep(0.1)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 def new_run_id() -> str:
     """Return a run id that sorts by time: ``20260131-235959-1a2b``."""
     return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
 
 
 def prepare_run_folder(recipe: Recipe, directory: Path | None, *, resume: bool) -> RunFolder:
-    """Make a new run folder, or take up an existing one with the recipe as it is now.
+    """Make a new run folder, or check that an existing one can be taken up.
 
     Raises:
         UserError: the folder holds a run and ``resume`` is off, or it holds something that is not a run.
@@ -84,7 +122,7 @@ def prepare_run_folder(recipe: Recipe, directory: Path | None, *, resume: bool) 
     """
     run_id = new_run_id()
     folder = RunFolder(directory if directory is not None else Path("runs") / recipe.name / run_id)
-    if folder.recipe.exists():
+    if (folder.path / "run.json").exists():
         _check_same_run(folder, recipe, resume=resume)
     elif folder.path.exists() and any(folder.path.iterdir()):
         raise UserError.of(
@@ -95,10 +133,14 @@ def prepare_run_folder(recipe: Recipe, directory: Path | None, *, resume: bool) 
     else:
         folder.path.mkdir(parents=True, exist_ok=True)
         write_atomically(folder.path / "run.json", json.dumps({"run_id": run_id, "recipe": recipe.name}) + "\n")
+    return folder
+
+
+def take_up(folder: RunFolder, recipe: Recipe) -> None:
+    """Give a held run folder the recipe as it is now, and forget how the last attempt failed."""
     write_atomically(folder.recipe, recipe.dump_yaml())
     for stale in (folder.path / "errors").glob("rank-*.txt"):
         stale.unlink()
-    return folder
 
 
 def _check_same_run(folder: RunFolder, recipe: Recipe, *, resume: bool) -> None:
