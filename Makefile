@@ -9,7 +9,7 @@ HALF_THE_CORES := $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n > 1 ? n 
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -ec
 
-.PHONY: install check test smoke parity bench clean
+.PHONY: install check test smoke smoke-dit smoke-moe parity bench clean
 
 install: $(STAMP)
 
@@ -17,13 +17,13 @@ install: $(STAMP)
 $(STAMP): pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV)"
-	@$(BIN)/pip install --quiet --disable-pip-version-check "torch>=2.11,<2.14" numpy setuptools wheel
-	@$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation "deepspeed>=0.18"
-	@$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[all]"
+	@$(BIN)/pip install -qq --disable-pip-version-check "torch>=2.11,<2.14" numpy setuptools wheel
+	@$(BIN)/pip install -qq --disable-pip-version-check --no-build-isolation "deepspeed>=0.18"
+	@$(BIN)/pip install -qq --disable-pip-version-check --editable ".[all]"
 	@touch $@
 
 $(VENV)/.installed-dev: $(STAMP)
-	@$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	@$(BIN)/pip install -qq --disable-pip-version-check --editable ".[dev]"
 	@touch $@
 
 check: $(VENV)/.installed-dev
@@ -43,22 +43,24 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python tests/benchmarks/bench_stream.py
 
 data/digits: | $(STAMP)
-	$(BIN)/sixfold data demo digits --out $@
+	@$(BIN)/sixfold data demo digits --out $@
 
 data/stdlib: | $(STAMP)
-	$(BIN)/sixfold data demo stdlib --out $@
+	@$(BIN)/sixfold data demo stdlib --out $@
 
 # Both recipes train side by side on half of the cores each: small operations gain little from more.
 smoke: $(STAMP) data/digits data/stdlib
 	@rm -rf $(SMOKE)
-	@$(MAKE) --no-print-directory -j2 smoke-flow/dit-smoke smoke-lm/moe-smoke
-	@$(BIN)/sixfold sample $(SMOKE)/flow/dit-smoke --n 40 --out $(SMOKE)/pictures
-	@$(BIN)/sixfold sample $(SMOKE)/lm/moe-smoke --n 4 --out $(SMOKE)/texts
+	@$(MAKE) --no-print-directory -j2 smoke-dit smoke-moe
+	@$(BIN)/sixfold sample $(SMOKE)/dit --n 40 --out $(SMOKE)/pictures
+	@$(BIN)/sixfold sample $(SMOKE)/moe --n 4 --out $(SMOKE)/texts
 	@echo "labelled sample grid: $(SMOKE)/pictures/grid.png"
 	@echo "both runs in MLflow: $(BIN)/sixfold ui"
 
-smoke-%:
-	@OMP_NUM_THREADS=$(HALF_THE_CORES) $(BIN)/sixfold run $* --run-dir $(SMOKE)/$* 2>&1 | sed -u 's|^|$(notdir $*): |'
+smoke-dit: RECIPE = flow/dit-smoke
+smoke-moe: RECIPE = lm/moe-smoke
+smoke-dit smoke-moe: smoke-%:
+	@OMP_NUM_THREADS=$(HALF_THE_CORES) $(BIN)/sixfold run $(RECIPE) --run-dir $(SMOKE)/$* 2>&1 | sed -u 's|^|$*: |'
 
 clean:
 	rm -rf $(SMOKE) data/digits data/stdlib .mypy_cache .ruff_cache .pytest_cache
