@@ -70,13 +70,12 @@ def launch(
 
 
 def _launch_once(run_folder: Path, ranks: int, inherited: Sequence[int]) -> Outcome:
-    environment = rank_environment(ranks)
-    command = [sys.executable, "-m", WORKER_MODULE, str(run_folder)]
+    command, environment = [sys.executable, "-m", WORKER_MODULE, str(run_folder)], rank_environment(ranks)
     workers = [
         # A session of their own: Ctrl-C in a terminal reaches the ranks once, through this process.
         subprocess.Popen(
             command,
-            env={**os.environ, **environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            env=_without_rendezvous() | environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             start_new_session=True,
             pass_fds=inherited,
         )
@@ -90,7 +89,12 @@ def _launch_once(run_folder: Path, ranks: int, inherited: Sequence[int]) -> Outc
 
 
 def rank_environment(ranks: int) -> dict[str, str]:
-    """The rendezvous that every rank of one machine shares, and a fair share of its cores for each."""
+    """The rendezvous that every rank of one machine shares, and a fair share of its cores for each.
+
+    A rank that is alone gets neither: it needs no group and may use all cores.
+    """
+    if ranks == 1:
+        return {}
     threads = max(1, (os.cpu_count() or 1) // ranks)
     return {
         "WORLD_SIZE": str(ranks),
@@ -99,6 +103,12 @@ def rank_environment(ranks: int) -> dict[str, str]:
         "MASTER_PORT": str(_free_port()),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
     }
+
+
+def _without_rendezvous() -> dict[str, str]:
+    """This process's environment less what another launcher may have set for a job of its own."""
+    foreign = {"WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
+    return {name: value for name, value in os.environ.items() if name not in foreign}
 
 
 def _wait(workers: Sequence[subprocess.Popen[bytes]]) -> Outcome:

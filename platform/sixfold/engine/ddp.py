@@ -2,6 +2,7 @@
 
 # DistributedDataParallel checks its hook's annotations as types, so they must not be postponed in this module.
 
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -69,7 +70,10 @@ def _accelerator(world: World) -> Any:
 
 def _prepare(network: nn.Module, world: World) -> nn.Module:
     """Place the network and wrap it where there are several ranks, so that gradients are summed, not averaged."""
-    module: nn.Module = _accelerator(world).prepare_model(network)
+    with warnings.catch_warnings():
+        # Newer torch renames broadcast_buffers, older torch knows no other name, and accelerate passes this one on.
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+        module: nn.Module = _accelerator(world).prepare_model(network)
     if isinstance(module, DistributedDataParallel):
         module.register_comm_hook(None, _sum_bucket)
     return module
