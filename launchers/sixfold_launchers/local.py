@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,12 +70,13 @@ def launch(
 
 
 def _launch_once(run_folder: Path, ranks: int, inherited: Sequence[int]) -> Outcome:
-    command, environment = [sys.executable, "-m", WORKER_MODULE, str(run_folder)], rank_environment(ranks)
+    command = [sys.executable, "-m", WORKER_MODULE, str(run_folder)]
+    shared = rendezvous(ranks)
     workers = [
         # A session of their own: Ctrl-C in a terminal reaches the ranks once, through this process.
         subprocess.Popen(
             command,
-            env=_without_rendezvous() | environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            env=_without_rendezvous() | rank_environment(rank, shared),
             start_new_session=True,
             pass_fds=inherited,
         )
@@ -88,11 +89,8 @@ def _launch_once(run_folder: Path, ranks: int, inherited: Sequence[int]) -> Outc
             _end(workers)
 
 
-def rank_environment(ranks: int) -> dict[str, str]:
-    """The rendezvous that every rank of one machine shares, and a fair share of its cores for each.
-
-    A rank that is alone gets neither: it needs no group and may use all cores.
-    """
+def rendezvous(ranks: int) -> dict[str, str]:
+    """Where the ranks of one machine meet, and a fair share of its cores for each; nothing for a rank that is alone."""
     if ranks == 1:
         return {}
     threads = max(1, (os.cpu_count() or 1) // ranks)
@@ -103,6 +101,11 @@ def rank_environment(ranks: int) -> dict[str, str]:
         "MASTER_PORT": str(_free_port()),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
     }
+
+
+def rank_environment(rank: int, shared: Mapping[str, str]) -> dict[str, str]:
+    """The variables of one rank; a rank that is alone gets none, since libraries take any of them for a group."""
+    return {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} if shared else {}
 
 
 def _without_rendezvous() -> dict[str, str]:
