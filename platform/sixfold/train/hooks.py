@@ -131,6 +131,7 @@ class Checkpoint:
     checkpointer: Checkpointer
     log: Log
     every_steps: int
+    newest: str | None = None
 
     def __call__(self, training: Training, record: StepRecord) -> None:
         """Save when due; publish checkpoints that were committed meanwhile."""
@@ -146,6 +147,7 @@ class Checkpoint:
         """Log every checkpoint committed since the last call; raise what the background writer met."""
         for committed in self.checkpointer.poll():
             self.log.checkpoints += 1
+            self.newest = committed.uri
             if self.log.events is not None:
                 self.log.events.checkpoint(step=committed.step, uri=committed.uri)
 

@@ -171,7 +171,9 @@ class Job:
                 continue
             self.checkpointer.wait()
             checkpoint.publish()
-            return "finished" if complete else "interrupted"
+            status: Status = "finished" if complete else "interrupted"
+            display.note(f"{status} after step {self.training.progress.step}; newest checkpoint: {checkpoint.newest}")
+            return status
 
     def _hooks(self, events: EventLog | None, display: Display) -> tuple[list[Hook], Checkpoint]:
         recipe, world = self.recipe, self.world
