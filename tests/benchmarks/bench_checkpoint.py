@@ -49,9 +49,7 @@ def main() -> None:
     print(f"step, nothing in flight: {1e3 * median:.1f} ms (median of {len(idle) - 5})")
     if busy:
         print(f"step, save in flight:    {1e3 * statistics.median(busy):.1f} ms (median of {len(busy)})")
-    print(
-        f"stall of one save:       {1e3 * stall:.1f} ms (median of {len(stalls) - 1}; the first, {1e3 * stalls[0]:.1f} ms)"
-    )
+    print(f"stall of one save:       {1e3 * stall:.1f} ms (first {1e3 * stalls[0]:.1f} ms)")
     print(f"cost of saving every {options.every} steps: {100 * stall / (options.every * median):.2f}% of training time")
 
 
