@@ -100,7 +100,9 @@ def encode_image(data: bytes, image_size: int | None) -> EncodedImage:
     try:
         image: Image.Image = Image.open(io.BytesIO(data))
         image.load()
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except UnidentifiedImageError as error:  # its own words quote an object's address
+        raise ValueError("not an image" if data else "the file is empty") from error
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"not a readable image ({error})") from error
     extension = KEPT_FORMATS.get(image.format or "")
     if image.mode.startswith("I"):  # 16-bit grey: the high byte, where Pillow's conversion would clip
@@ -123,7 +125,11 @@ def encode_png(image: Image.Image) -> bytes:
 
 def _image_files(source: Path) -> list[Path]:
     if not source.is_dir():
-        raise DataError.of("there is no such folder", where=str(source), fix="name a folder that holds images")
+        raise DataError.of(
+            "this is a file, not a folder" if source.exists() else "there is no such folder",
+            where=str(source),
+            fix="name a folder that holds images",
+        )
     files = [file for file in files_below(source) if file.suffix.lower() in IMAGE_SUFFIXES]
     if not files:
         raise DataError.of(

@@ -57,7 +57,11 @@ def build_text(source: Path, options: BuildOptions, tokenizer: str = "bytes") ->
     else:
         documents = _halves(source, options.val_fraction)
     if not documents:
-        raise DataError.of("there is no file in this folder", where=str(source), fix="name a folder with text files")
+        raise DataError.of(
+            "there is no file in this folder" if source.is_dir() else "the file is empty",
+            where=str(source),
+            fix="name a text file, or a folder with text files",
+        )
     return build_documents(documents, options, tokenizer)
 
 

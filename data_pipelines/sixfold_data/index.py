@@ -108,6 +108,12 @@ class Manifest(Config):
         return (self.model_dump_json(indent=1) + "\n").encode()
 
 
+def _demo_command(url: str) -> str:
+    """Name the command that makes the data set the smoke recipes train on, where it is one of those."""
+    name = url.rstrip("/").rpartition("/")[2]
+    return f"make this demo with `sixfold data demo {name} --out {url}`, " if name in DEMO_NAMES else ""
+
+
 def read_manifest(store: Store) -> Manifest:
     """Read and check ``dataset.json``.
 
@@ -119,7 +125,8 @@ def read_manifest(store: Store) -> Manifest:
         raise DataError.of(
             "there is no indexed data set here",
             where=where,
-            fix="build one with `sixfold data build`, or index existing shards with `sixfold data index`",
+            fix=f"{_demo_command(store.url)}build one with `sixfold data build`, or index existing shards with "
+            "`sixfold data index`",
         )
     try:
         manifest = Manifest.model_validate_json(store.read_file(MANIFEST_NAME))

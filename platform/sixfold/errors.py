@@ -71,3 +71,22 @@ class EnvironmentFault(SixfoldError):
 
 class TrainingError(SixfoldError):
     """Training itself failed, for example too many consecutive non-finite steps. Exit code 1."""
+
+
+def user_facing(error: Exception) -> SixfoldError | None:
+    """Return the error to show instead of a traceback: itself, or what the operating system refused; None for others.
+
+    The second is for refusals (a folder that cannot be made or written) that no closer place had better words for. An
+    ``OSError`` without a number was raised by a library in its own words, and is no refusal of the system's.
+    """
+    if isinstance(error, SixfoldError):
+        return error
+    if not isinstance(error, OSError) or error.errno is None:
+        return None
+    return EnvironmentFault(
+        Fault(
+            what=f"the system refused: {error.strerror}",
+            where=None if error.filename is None else str(error.filename),
+            fix="check that the path exists, may be used like this, and has room on its disk; then try again",
+        )
+    )

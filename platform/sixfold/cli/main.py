@@ -12,7 +12,7 @@ from importlib import import_module
 
 import typer
 
-from sixfold.errors import SixfoldError
+from sixfold.errors import user_facing
 
 COMMAND_MODULES = (
     "sixfold.cli.inspect_commands",
@@ -49,14 +49,15 @@ def main() -> int:
         build_app()(prog_name="sixfold")
     except SystemExit as end:  # how typer ends, usage errors included
         return end.code if isinstance(end.code, int) else int(end.code is not None)
-    except SixfoldError as error:
-        print_error(error)
-        return error.exit_code
     except KeyboardInterrupt:
         return 130
-    except Exception:  # the last place that can still tell the user; a fault of the code itself, hence the traceback
-        traceback.print_exc(file=sys.stderr)
-        return 1
+    except Exception as error:  # the last place that can still tell the user
+        known = user_facing(error)
+        if known is None:  # a fault of the code itself, hence the traceback
+            traceback.print_exc(file=sys.stderr)
+            return 1
+        print_error(known)
+        return known.exit_code
     return 0
 
 

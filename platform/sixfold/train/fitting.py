@@ -51,8 +51,10 @@ def _image_faults(name: str, network: DiTConfig, info: DataInfo) -> Iterator[Fau
     if info.image_size != (network.image_size, network.image_size):
         found = "several sizes" if info.image_size is None else "x".join(map(str, info.image_size))
         key = f"networks.{name}.image_size"
+        square = info.image_size is not None and len(set(info.image_size)) == 1
+        other = f", or {key}={info.image_size[0]}" if info.image_size is not None and square else ""
         yield _fault(
-            key, network.image_size, f"images of {found}", f"set data.image_size={network.image_size}, or {key}"
+            key, network.image_size, f"images of {found}", f"set data.image_size={network.image_size}{other}"
         )
     if info.channels != network.channels:
         key = f"networks.{name}.channels"

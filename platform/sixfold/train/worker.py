@@ -19,7 +19,7 @@ from pathlib import Path
 from sixfold.checkpoint.checkpointer import Checkpointer
 from sixfold.distributed import process_group
 from sixfold.distributed.process_group import World
-from sixfold.errors import SixfoldError, TrainingError
+from sixfold.errors import TrainingError, user_facing
 from sixfold.recipe.facts import tokens_per_sample
 from sixfold.recipe.load import load_recipe
 from sixfold.recipe.recipe import Recipe
@@ -59,9 +59,10 @@ def main() -> None:
         run(folder)
         process_group.leave()
     except Exception as error:  # the one place that reports for the whole process
-        folder.leave_error(rank, str(error) if isinstance(error, SixfoldError) else traceback.format_exc())
+        known = user_facing(error)
+        folder.leave_error(rank, traceback.format_exc() if known is None else str(known))
         # Other ranks may wait in a collective that will never complete: leave without meeting them.
-        _end_now(error.exit_code if isinstance(error, SixfoldError) else 1)
+        _end_now(1 if known is None else known.exit_code)
 
 
 def run(folder: RunFolder) -> Status:
