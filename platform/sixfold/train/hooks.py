@@ -136,7 +136,9 @@ class Checkpoint:
     def __call__(self, training: Training, record: StepRecord) -> None:
         """Save when due; publish checkpoints that were committed meanwhile."""
         progress = record.progress
-        if due(progress.step, self.every_steps, progress.total_steps) or record.stop_requested:
+        # A state that no longer takes steps is not one to go back to; an ending run saves whatever it has.
+        ending = record.stop_requested or progress.step == progress.total_steps
+        if ending or (due(progress.step, self.every_steps, progress.total_steps) and not record.skipped):
             states = {role: engine.checkpoint_state() for role, engine in training.engines.items()}
             extra = SavedExtra(samples=progress.samples, data=training.stream.state())
             report = self.checkpointer.save(progress.step, states, extra.model_dump(mode="json"))
