@@ -69,6 +69,10 @@ class EvaluationReader:
             first = (number * self._world_size + self._rank) * self._batch
             yield self._read(np.arange(min(first, self.samples), min(first + self._batch, self.samples)))
 
+    def first(self) -> Batch:
+        """Return the split's first sample, as a batch."""
+        return self._read(np.arange(1))
+
     def _read(self, positions: np.ndarray) -> Batch:
         parts: list[tuple[np.ndarray, dict[str, torch.Tensor]]] = []
         for source, start, end in zip(self._sources, self._start[:-1], self._start[1:], strict=True):

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 FORMAT = "sixfold-data/1"
 MANIFEST_NAME = "dataset.json"
+DEMO_NAMES = ("digits", "stdlib")
 Kind = Literal["text", "images", "image-text"]
 
 

@@ -96,7 +96,7 @@ def test_when_nothing_verifies_the_user_decides(tmp_path):
         newest_verified(tmp_path, lambda message: None)
     assert "step_00000001" in str(caught.value)
     assert "step_00000002" in str(caught.value)
-    assert "--resume never" in str(caught.value)
+    assert "another --run-dir" in str(caught.value)
 
 
 def test_a_rejected_checkpoint_neither_counts_as_kept_nor_stays(tmp_path):

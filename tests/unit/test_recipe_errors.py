@@ -274,7 +274,7 @@ def test_all_faults_of_a_recipe_are_reported_at_once(tmp_path):
 
 def test_all_cross_checks_are_reported_at_once(tmp_path):
     (tmp_path / "r.yaml").write_text(TEXT)
-    changes = ["engine={type: deepspeed, micro_batch: 3}", "schedule={type: cosine, warmup_steps: 500}", "roles.x={}"]
+    changes = ["engine={type: deepspeed, micro_batch: 3}", "checkpoint.keep_every=7", "roles.x={}"]
     with pytest.raises(RecipeError) as raised:
         load_recipe(tmp_path / "r.yaml", changes)
     assert len(raised.value.faults) == 4

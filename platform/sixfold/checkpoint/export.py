@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from sixfold.checkpoint.ranks import Ranks
 from sixfold.checkpoint.reading import fill, open_reader
 from sixfold.checkpoint.verification import Candidate
-from sixfold.errors import CheckpointError
+from sixfold.errors import CheckpointError, EnvironmentFault
 
 
 def read_parameters(candidate: Candidate, role: str, *, averaged: bool) -> dict[str, Tensor]:
@@ -43,6 +44,7 @@ def export_safetensors(candidate: Candidate, role: str, *, averaged: bool, out: 
 
     Raises:
         CheckpointError: the checkpoint has no such role, or no moving average of it.
+        EnvironmentFault: the file cannot be written.
     """
     tensors = read_parameters(candidate, role, averaged=averaged)
     manifest = candidate.manifest
@@ -56,5 +58,14 @@ def export_safetensors(candidate: Candidate, role: str, *, averaged: bool, out: 
         "written_by": f"sixfold {manifest.versions['sixfold']}",
     }
     partial = out.with_name(f".{out.name}.partial")
-    save_file(tensors, partial, metadata=description)
-    partial.replace(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, partial, metadata=description)
+        partial.replace(out)
+    except (OSError, SafetensorError) as error:  # the second is what its writer makes of the first
+        partial.unlink(missing_ok=True)
+        raise EnvironmentFault.of(
+            f"the weights cannot be written: {error}",
+            where=str(out),
+            fix="check the right to write there and the room on that disk, or name another file with --out",
+        ) from error

@@ -124,7 +124,7 @@ def require_same_identity(saved: Identity, present: Identity, *, where: str) -> 
             what="this checkpoint belongs to another recipe; resuming would not continue its run",
             where=where,
             allowed="to change on resume: train.steps, engine, checkpoint, tracking, sampling, evaluation, world size",
-            fix="undo the changes below, or start a new run (another --run-dir, or --resume never)",
+            fix="undo the changes below, or start a new run with another --run-dir",
         )
         raise CheckpointError(head, *faults)
 

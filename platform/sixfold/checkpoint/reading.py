@@ -63,6 +63,6 @@ def _unloadable(candidate: Candidate, faults: list[str]) -> CheckpointError:
     head = Fault(
         what="this checkpoint cannot be loaded into this run",
         where=candidate.uri,
-        fix="resume with the recipe that wrote it, or start a new run (another --run-dir, or --resume never)",
+        fix="resume with the recipe that wrote it, or start a new run with another --run-dir",
     )
     return CheckpointError(head, *(Fault(what=what) for what in dict.fromkeys(faults)))

@@ -72,7 +72,7 @@ def search(store: Store, ranks: Ranks, log: Log) -> Candidate | None:
             Fault(
                 what="none of the checkpoints verifies",
                 where=store.location,
-                fix="restore one from a copy, or start over with --resume never",
+                fix="restore one from a copy, or start over with another --run-dir",
             ),
             *(Fault(what=reason, where=folder) for folder, reason in rejected.items()),
         )

@@ -267,6 +267,7 @@ def _import_deepspeed(world: World) -> Any:
     """Import DeepSpeed for this device, quietly, on our process group."""
     if world.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read at import; the wrong guess fails much later
+    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # read without a default, even by a rank that is alone
     try:
         import deepspeed
     except ImportError as error:

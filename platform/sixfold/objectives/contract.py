@@ -87,6 +87,10 @@ class Sum:
     def __add__(self, other: Sum) -> Sum:
         return Sum(self.total + other.total, self.count + other.count)
 
+    def nothing(self) -> Sum:
+        """The sum that changes no other."""
+        return Sum(torch.zeros_like(self.total), torch.zeros_like(self.count))
+
     def widened(self) -> Sum:
         """The same in fp64, in which long sums stay exact enough."""
         return Sum(self.total.double(), self.count.double())

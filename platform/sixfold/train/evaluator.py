@@ -76,9 +76,12 @@ class Evaluator:
     def _held_out_means(self, objective: Objective, networks: Networks) -> dict[str, float]:
         totals: dict[str, Sum] = {}
         for batch in self._held_out:
-            on_device = batch.to(self._world.device)
+            # A rank that has run out computes along, since sharded networks need all ranks, but adds nothing.
+            spare = len(batch.positions) == 0
+            on_device = (self._held_out.first() if spare else batch).to(self._world.device)
             random = PositionRandom(self._recipe.seed + SEED_OFFSET, on_device.positions)
-            add_sums(totals, objective.evaluate(networks, on_device, random))
+            sums = objective.evaluate(networks, on_device, random)
+            add_sums(totals, {name: value.nothing() for name, value in sums.items()} if spare else sums)
         summed = sum_over_ranks(
             {f"{name}/{part}": getattr(value, part) for name, value in totals.items() for part in ("total", "count")}
         )

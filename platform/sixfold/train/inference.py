@@ -133,7 +133,7 @@ def export_run(run: Path, *, out: Path, averaged: bool) -> list[Path]:
 
 
 def _newest(folder: RunFolder) -> Candidate:
-    candidate = newest_verified(folder.checkpoints, print)
+    candidate = newest_verified(folder.checkpoints, partial(print, file=sys.stderr))  # results alone go to stdout
     if candidate is None:
         raise UserError.of(
             "the run has no checkpoint yet", where=str(folder.path), fix="wait for checkpoint.every_steps, or resume it"

@@ -173,7 +173,8 @@ class Job:
             self.checkpointer.wait()
             checkpoint.publish()
             status: Status = "finished" if complete else "interrupted"
-            display.note(f"{status} after step {self.training.progress.step}; newest checkpoint: {checkpoint.newest}")
+            saved = "" if checkpoint.newest is None else f"; newest checkpoint: {checkpoint.newest}"
+            display.note(f"{status} after step {self.training.progress.step}{saved}")
             return status
 
     def _hooks(self, events: EventLog | None, display: Display) -> tuple[list[Hook], Checkpoint]:

@@ -79,11 +79,11 @@ def routing_losses(routing: Routing, *, sequences: int) -> dict[str, Float[Tenso
     Router z-loss: the sum over tokens of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906, eq. 5).
     """
     experts, k = routing.shares.shape[-1], routing.experts.shape[-1]
-    length = len(routing.shares) // max(sequences, 1)  # a rank's last evaluation batch may hold no sequence
-    choices = routing.experts.view(sequences, length * k)
+    choices = routing.experts.view(sequences, -1)
     ones = torch.ones(choices.shape, device=choices.device, dtype=torch.float32)
     counts = torch.zeros(sequences, experts, device=choices.device).scatter_add_(1, choices, ones)
-    shares = routing.shares.view(sequences, length, experts)
-    balance = (counts * shares.sum(1)).sum(-1) * (experts / (k * max(length, 1)))
-    z = routing.logits.logsumexp(-1).square().view(sequences, length).sum(-1)
+    shares = routing.shares.view(sequences, -1, experts)
+    length = shares.shape[1]
+    balance = (counts * shares.sum(1)).sum(-1) * (experts / (k * length))
+    z = routing.logits.logsumexp(-1).square().view(sequences, -1).sum(-1)
     return {"tokens_per_expert": counts.sum(0), "balance_loss": balance, "z_loss": z}
