@@ -1,7 +1,7 @@
-"""Causal attention within documents: SDPA on the CPU, flash or flex attention on CUDA.
+"""Causal attention within documents: SDPA or batched products on the CPU, flash or flex attention on CUDA.
 
 A mask is prepared once a forward pass and shared by all layers. Without documents there is none, and SDPA's own causal
-kernel runs on every device. With documents, CUDA takes flex attention, which skips masked blocks; it has no backward on
+kernel runs on every device (but for short sequences on the CPU). With documents, CUDA takes flex attention, which skips masked blocks; it has no backward on
 the CPU, where SDPA takes an explicit mask.
 """
 
@@ -16,6 +16,8 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
+
+from sixfold.models.blockwise_attention import LONGEST, blockwise_causal_attention
 
 AttentionMask = BlockMask | Bool[Tensor, "#n 1 queries keys"]
 
@@ -53,8 +55,16 @@ def causal_attention(
     if isinstance(mask, BlockMask):
         attended: Tensor = _compiled(flex_attention)(query, key, value, block_mask=mask, enable_gqa=grouped)
         return attended
+    if _short_on_cpu(query, key):
+        return blockwise_causal_attention(query, key, value, mask)
     causal = mask is None and query.shape[2] > 1
     return scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+
+
+def _short_on_cpu(query: Tensor, key: Tensor) -> bool:
+    """Whether batched products beat SDPA's kernel: training, or reading a prompt, in fp32."""
+    queries, keys = query.shape[2], key.shape[2]
+    return query.device.type == "cpu" and query.dtype == torch.float32 and 1 < queries == keys <= LONGEST
 
 
 @cache
