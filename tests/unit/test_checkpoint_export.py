@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from checkpoint_helpers import state_of, write_steps
 from sixfold.checkpoint.export import export_safetensors, read_parameters
 from sixfold.checkpoint.verification import newest_verified
-from sixfold.errors import CheckpointError
+from sixfold.errors import CheckpointError, EnvironmentFault
 
 
 @pytest.fixture
@@ -51,3 +51,13 @@ def test_an_unknown_role_is_refused_with_what_there_is(candidate):
     with pytest.raises(CheckpointError, match="holds no critic/parameters") as caught:
         read_parameters(candidate, "critic", averaged=False)
     assert "denoiser/parameters" in str(caught.value)
+
+
+def test_what_cannot_be_written_is_said(candidate, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(EnvironmentFault, match="cannot be written"):
+        export_safetensors(candidate, "denoiser", averaged=False, out=tmp_path / "file/network.safetensors")
+    with pytest.raises(EnvironmentFault, match="cannot be written"):
+        export_safetensors(candidate, "denoiser", averaged=False, out=tmp_path / ("n" * 250))
+    export_safetensors(candidate, "denoiser", averaged=False, out=tmp_path / "new/folder/network.safetensors")
+    assert len(load_file(tmp_path / "new/folder/network.safetensors")) == 3

@@ -193,3 +193,27 @@ def test_a_wrong_option_is_the_user_s_fault(sixfold):
     assert sixfold("show")[0] == 2
     assert sixfold("show", "lm/moe-smoke", "--nope")[0] == 2
     assert sixfold("nope")[0] == 2
+
+
+def test_what_the_system_refuses_is_one_screen_too(sixfold, tmp_path):
+    code, _, err = sixfold("schema", "--out", str(tmp_path / "missing" / "schema.json"))
+    assert code == 3
+    assert f"{tmp_path}/missing/schema.json: the system refused: No such file or directory" in err
+    assert "Traceback" not in err
+
+
+def test_a_missing_demo_names_the_command_that_makes_it(sixfold, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = sixfold("run", "flow/dit-smoke")
+    assert code == 2
+    assert "`sixfold data demo digits --out data/digits`" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_is_no_run_folder(sixfold, tmp_path, demo_data):
+    (tmp_path / "file").touch()
+    code, _, err = sixfold(
+        "run", "flow/dit-smoke", f"data.path={demo_data / 'digits'}", "--run-dir", str(tmp_path / "file")
+    )
+    assert code == 2
+    assert "this is not an empty folder" in err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -63,7 +64,8 @@ def export_safetensors(candidate: Candidate, role: str, *, averaged: bool, out: 
         save_file(tensors, partial, metadata=description)
         partial.replace(out)
     except (OSError, SafetensorError) as error:  # the second is what its writer makes of the first
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # what led here matters more
+            partial.unlink()
         raise EnvironmentFault.of(
             f"the weights cannot be written: {error}",
             where=str(out),

@@ -46,22 +46,22 @@ def run(
     Example: sixfold run flow/dit-smoke train.steps=200 --nproc 2
     """
     from sixfold.errors import UserError
+    from sixfold.recipe.checks import check_recipe
     from sixfold.recipe.load import load_recipe
 
     if resume not in ("auto", "never"):
         raise UserError.of(f"--resume is {resume!r}", allowed="auto, never")
     loaded = load_recipe(recipe, overrides or [])
+    check_recipe(loaded.recipe, world_size if dry_run else nproc, provenance=loaded.provenance)
     if dry_run:
         _rehearse(loaded.recipe, world_size)
         return
 
-    from sixfold.recipe.checks import check_recipe
     from sixfold.train.fitting import check_data_fits
     from sixfold.train.run_folder import held, prepare_run_folder, take_up
     from sixfold_data.describe import describe
     from sixfold_launchers.local import launch
 
-    check_recipe(loaded.recipe, nproc, provenance=loaded.provenance)
     check_data_fits(loaded.recipe, describe(loaded.recipe.data))
     folder = prepare_run_folder(loaded.recipe, run_dir, resume=resume == "auto")
     with held(folder) as lock:

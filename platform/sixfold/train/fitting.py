@@ -53,9 +53,7 @@ def _image_faults(name: str, network: DiTConfig, info: DataInfo) -> Iterator[Fau
         key = f"networks.{name}.image_size"
         square = info.image_size is not None and len(set(info.image_size)) == 1
         other = f", or {key}={info.image_size[0]}" if info.image_size is not None and square else ""
-        yield _fault(
-            key, network.image_size, f"images of {found}", f"set data.image_size={network.image_size}{other}"
-        )
+        yield _fault(key, network.image_size, f"images of {found}", f"set data.image_size={network.image_size}{other}")
     if info.channels != network.channels:
         key = f"networks.{name}.channels"
         yield _fault(key, network.channels, f"{info.channels} channels", f"set {key}={info.channels}")

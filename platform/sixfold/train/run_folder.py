@@ -124,9 +124,9 @@ def prepare_run_folder(recipe: Recipe, directory: Path | None, *, resume: bool) 
     folder = RunFolder(directory if directory is not None else Path("runs") / recipe.name / run_id)
     if (folder.path / "run.json").exists():
         _check_same_run(folder, recipe, resume=resume)
-    elif folder.path.exists() and any(folder.path.iterdir()):
+    elif folder.path.exists() and (not folder.path.is_dir() or any(folder.path.iterdir())):
         raise UserError.of(
-            "the run folder is not empty and holds no run",
+            "this is not an empty folder, and it holds no run",
             where=str(folder.path),
             fix="name another folder with --run-dir, or leave --run-dir out",
         )
@@ -162,5 +162,9 @@ def _check_same_run(folder: RunFolder, recipe: Recipe, *, resume: bool) -> None:
 def write_atomically(path: Path, text: str) -> None:
     """Write a small file so that a reader, or a crash, sees the old text or the new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    temporary.replace(path)
+    try:
+        temporary.write_text(text)
+        temporary.replace(path)
+    except OSError as error:
+        error.filename = str(path)  # a full disk is reported without one
+        raise
