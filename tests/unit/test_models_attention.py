@@ -60,3 +60,22 @@ def test_without_documents_a_later_text_does_read_the_earlier_one():
     tokens = torch.randint(0, 31, (1, 12))
     apart = network(tokens, torch.tensor([[0] * 5 + [1] * 7]))[0]
     assert (network(tokens)[0] - apart)[:, 5:].abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_blocks_of_queries_give_the_output_and_gradients_of_the_whole(packed):
+    torch.manual_seed(0)
+    length = 150  # two blocks and a shorter one
+    documents = torch.randint(0, 3, (2, length)).sort(dim=1).values
+    mask = document_mask(documents if packed else torch.zeros_like(documents))
+    inputs = [torch.randn(2, length, heads, 8).transpose(1, 2).requires_grad_() for heads in (4, 2, 2)]
+    ours = causal_attention(*inputs, mask if packed else None)
+    key, value = (x.repeat_interleave(2, dim=1) for x in inputs[1:])
+    scores = (inputs[0] @ key.mT / 8**0.5).masked_fill(~mask, -torch.inf)
+    theirs = scores.softmax(-1) @ value
+    torch.testing.assert_close(ours, theirs)
+    direction = torch.randn_like(ours)
+    for one, other in zip(
+        torch.autograd.grad(ours, inputs, direction), torch.autograd.grad(theirs, inputs, direction), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)

@@ -1,8 +1,8 @@
 """Causal attention within documents: SDPA or batched products on the CPU, flash or flex attention on CUDA.
 
 A mask is prepared once a forward pass and shared by all layers. Without documents there is none, and SDPA's own causal
-kernel runs on every device (but for short sequences on the CPU). With documents, CUDA takes flex attention, which skips masked blocks; it has no backward on
-the CPU, where SDPA takes an explicit mask.
+kernel runs on every device. With documents, CUDA takes flex attention, which skips masked blocks; it has no backward on
+the CPU, where SDPA takes an explicit mask. Short fp32 sequences on the CPU take neither: see ``blockwise_attention``.
 """
 
 from __future__ import annotations
