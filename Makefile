@@ -33,7 +33,7 @@ check: $(VENV)/.installed-dev
 	$(BIN)/lint-imports
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=20
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=20
 
 parity: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q -s tests/parity/test_recipes.py

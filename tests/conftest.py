@@ -25,3 +25,9 @@ def demo_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     build_digits(BuildOptions(out=root / "digits"))
     build_stdlib(BuildOptions(out=root / "stdlib"))
     return root
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start with what takes longest, so that two workers end together."""
+    slow = ("test_quality.py", "test_kill.py", "test_recipes.py")
+    items.sort(key=lambda item: item.path.name not in slow)
