@@ -82,6 +82,7 @@ class BuildReport:
     classes: Sequence[str]
     fingerprint: str
     unreadable: Sequence[Fault]
+    remarks: Sequence[str] = ()
 
 
 class Building:
@@ -101,8 +102,9 @@ class Building:
         tokenizer: Mapping[str, str] | None = None,
         image_size: tuple[int, int] | None = None,
         channels: int | None = None,
+        remarks: Sequence[str] = (),
     ) -> BuildReport:
-        """Write index and manifest and give the data set its name.
+        """Write index and manifest and give the data set its name; ``remarks`` are what the user should know of it.
 
         Raises:
             DataError: a split would have no sample.
@@ -135,6 +137,7 @@ class Building:
             classes=tuple(classes),
             fingerprint=manifest.fingerprint,
             unreadable=tuple(self.rejects.faults),
+            remarks=tuple(remarks),
         )
 
 
@@ -208,8 +211,11 @@ def assign_splits(names: Sequence[str], val_fraction: float) -> list[str]:
 
 
 def files_below(folder: Path) -> list[Path]:
-    """Return all regular files at any depth in a fixed order, hidden ones and those in hidden folders left out."""
-    found = (file for file in folder.rglob("*") if file.is_file())
+    """Return all regular files at any depth in a fixed order, hidden ones and those in hidden folders left out.
+
+    Links that lead nowhere are among them, so that they are named with the other unreadable files.
+    """
+    found = (file for file in folder.rglob("*") if file.is_file() or (file.is_symlink() and not file.exists()))
     visible = (file for file in found if not any(part.startswith(".") for part in file.relative_to(folder).parts))
     return sorted(visible, key=lambda file: file.relative_to(folder).as_posix())
 

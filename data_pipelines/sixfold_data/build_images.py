@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,8 +72,11 @@ def build_images(source: Path, options: BuildOptions, image_size: int | None = N
     Raises:
         DataError: there are no images, too many are unreadable, or the output is not empty.
     """
-    pictures, classes = _labelled(source, _image_files(source), options.val_fraction)
-    return _build(pictures, options, image_size, classes=classes)
+    files = _image_files(source)
+    pictures, classes = _labelled(source, files, options.val_fraction)
+    return _build(
+        pictures, options, image_size, classes=classes, remarks=[] if classes else _why_unlabelled(source, files)
+    )
 
 
 def build_image_text(source: Path, options: BuildOptions, image_size: int | None = None) -> BuildReport:
@@ -159,8 +162,24 @@ def _labelled(source: Path, files: list[Path], val_fraction: float) -> tuple[lis
     return pictures, classes
 
 
+def _why_unlabelled(source: Path, files: list[Path]) -> list[str]:
+    """Say which images stand in the way of labels where most users would expect some: there are sub-folders."""
+    outside = [file for file in files if file.parent == source]
+    if len(outside) == len(files):
+        return []
+    others = f" and {len(outside) - 1} more images" if len(outside) > 1 else ""
+    folders = len({file.relative_to(source).parts[0] for file in files} - {file.name for file in outside})
+    where = f"{outside[0]}{others} outside the {folders} sub-folders" if outside else "images directly in train or val"
+    return [f"no labels: sub-folders become classes only where all images are in one, and there is {where}"]
+
+
 def _build(
-    pictures: list[Picture], options: BuildOptions, image_size: int | None, classes: list[str] | None = None
+    pictures: list[Picture],
+    options: BuildOptions,
+    image_size: int | None,
+    *,
+    classes: Sequence[str] = (),
+    remarks: Sequence[str] = (),
 ) -> BuildReport:
     check_output(options.out)
     captioned = pictures[0].caption is not None
@@ -188,10 +207,11 @@ def _build(
             options.progress(number + 1, len(pictures))
         return work.finish(
             "image-text" if captioned else "images",
-            classes=classes or (),
+            classes=classes,
             tokenizer=ByteTokenizer().description() if captioned else None,
             image_size=next(iter(sizes)) if len(sizes) == 1 else None,
             channels=max(channels, default=None),
+            remarks=remarks,
         )
 
 

@@ -291,3 +291,22 @@ def test_the_standard_library_is_capped_and_has_no_tests(tmp_path):
     key, text = read_text(store, read_manifest(store), "train", 100)
     assert built[key].startswith(text)
     assert len(text) == 100
+
+
+def test_a_stray_image_costs_the_labels_aloud_and_bad_files_are_named(tmp_path):
+    for name in ("cat/0", "cat/1", "dog/0", "dog/1", "stray"):
+        save(tmp_path / f"photos/{name}.png", 0)
+    (tmp_path / "photos/cat/link.png").symlink_to("nowhere.png")
+    (tmp_path / "photos/cat/none.png").touch()
+    (tmp_path / "photos/dog/words.png").write_text("words")
+    report = build_images(tmp_path / "photos", BuildOptions(out=tmp_path / "out"))
+    assert report.classes == ()
+    assert [remark.partition(": ")[0] for remark in report.remarks] == ["no labels"]
+    assert str(tmp_path / "photos/stray.png") in report.remarks[0]
+    reasons = {Path(fault.where).name: fault.what for fault in report.unreadable}
+    assert reasons.keys() == {"link.png", "none.png", "words.png"}
+    assert (reasons["none.png"], reasons["words.png"]) == ("the file is empty", "not an image")
+
+    (tmp_path / "photos/stray.png").unlink()
+    labelled = build_images(tmp_path / "photos", BuildOptions(out=tmp_path / "labelled"))
+    assert (labelled.classes, labelled.remarks) == (("cat", "dog"), ())

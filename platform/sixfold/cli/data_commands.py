@@ -290,6 +290,8 @@ def _print_build(report: BuildReport, as_json: bool) -> None:
         typer.echo(f"{split}: {samples} samples{tokens}, {format_bytes(report.bytes[split])}")
     classes = f", {len(report.classes)} classes" if report.classes else ""
     typer.echo(f"built {report.kind}{classes} in {report.out}, fingerprint {report.fingerprint[:16]}")
+    for remark in report.remarks:
+        typer.echo(remark, err=True)
     _print_faults("files that could not be read", report.unreadable)
 
 
