@@ -71,6 +71,25 @@ def test_kill_9_of_random_ranks_changes_nothing(demo_data, tmp_path):
     assert losses(run) == expected
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_request_to_stop_saves_and_the_same_command_goes_on(number, demo_data, tmp_path):
+    process = start(tmp_path / "run", demo_data / "digits")
+    log = tmp_path / "run" / "events.jsonl"
+    while process.poll() is None and (not log.exists() or log.read_text().count('"metrics"') < 3):
+        time.sleep(0.01)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 1, output
+    assert "interrupted and saved" in output
+    stopped_after = max(losses(tmp_path / "run"))
+    assert 0 < stopped_after < STEPS
+    process = start(tmp_path / "run", demo_data / "digits")
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    assert f"resumed after step {stopped_after} " in output
+    assert sorted(losses(tmp_path / "run")) == list(range(1, STEPS + 1))
+
+
 def kill_one_rank(process: subprocess.Popen, run: Path, draw: random.Random) -> bool:
     """Kill one rank at a random moment after the attempt has taken a step; False if the run ended before that."""
     log = run / "events.jsonl"

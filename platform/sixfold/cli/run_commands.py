@@ -57,6 +57,7 @@ def run(
         _rehearse(loaded.recipe, world_size)
         return
 
+    from sixfold.tracking.events import last_status
     from sixfold.train.fitting import check_data_fits
     from sixfold.train.run_folder import held, prepare_run_folder, take_up
     from sixfold_data.describe import describe
@@ -70,7 +71,10 @@ def run(
         outcome = launch(folder.path, ranks=nproc, max_restarts=max_restarts, inherited=(lock,))
     if outcome.exit_code:
         typer.echo(folder.failure(outcome.rank, outcome.exit_code), err=True)
-    raise typer.Exit(outcome.exit_code)
+        raise typer.Exit(outcome.exit_code)
+    if last_status(folder.path) == "interrupted":
+        typer.echo("interrupted and saved; the same command with this --run-dir goes on", err=True)
+        raise typer.Exit(1)
 
 
 def _rehearse(recipe: Recipe, world_size: int) -> None:

@@ -231,6 +231,12 @@ def read_metrics(run_dir: Path) -> dict[str, dict[int, float]]:
     return metrics
 
 
+def last_status(run_dir: Path) -> Status | None:
+    """Return how the run's last attempt ended; None if none has ended yet."""
+    statuses = [event["status"] for event in read_events(run_dir) if event.get("event") == "finished"]
+    return statuses[-1] if statuses else None
+
+
 def _is_superseded(event: Event, step: int) -> bool:
     return int(event["step"]) > step and event.get("event") not in _HISTORY
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Protocol
 
 from rich.console import Console
@@ -55,11 +57,14 @@ class LineDisplay:
         if now - self._last < _LINE_INTERVAL_S and step != self.total_steps:
             return
         self._last = now
-        print(f"step {step}/{self.total_steps}  {_facts(values, skips, checkpoints)}", flush=True)
+        self.note(f"step {step}/{self.total_steps}  {_facts(values, skips, checkpoints)}")
 
     def note(self, text: str) -> None:
-        """Print a line."""
-        print(text, flush=True)
+        """Print a line; whoever stopped reading (``| head``) does not stop training."""
+        try:
+            print(text, flush=True)
+        except BrokenPipeError:
+            sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # the process's output from here on
 
     def close(self) -> None:
         """Nothing to leave."""
