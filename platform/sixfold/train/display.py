@@ -64,7 +64,7 @@ class LineDisplay:
         try:
             print(text, flush=True)
         except BrokenPipeError:
-            sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # the process's output from here on
+            sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115  # all further output
 
     def close(self) -> None:
         """Nothing to leave."""
