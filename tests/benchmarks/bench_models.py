@@ -8,7 +8,7 @@ machine does meets both. Medians are printed, and our rate over the peer's in th
 
 What bounds the ratio on a CPU without bf16 arithmetic: both sides call the same matrix products (transformers' Mixtral
 also runs ``grouped_mm``), which MKL does at 85 to 93 GFLOP/s on one core of an EPYC of the third generation in every
-layout and thus leaves nothing to choose. They are about 440 of a mixture step's 685 ms of CPU time, so that a network in
+layout and thus leaves nothing to choose. They are about 440 of a mixture step's 685 ms of CPU time, so a network in
 which all else cost nothing would reach 1.6. Tried without gain: SwiGLU by hand, whole or by tiles that fit the cache;
 GELU through a sigmoid and RMSNorm with a backward of its own (1% of a step each).
 """
