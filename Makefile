@@ -38,9 +38,10 @@ test: $(VENV)/.installed-dev
 parity: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q -s tests/parity/test_recipes.py
 
-bench: $(VENV)/.installed-dev
+bench: $(VENV)/.installed-dev data/stdlib
 	$(BIN)/python tests/benchmarks/bench_models.py
 	$(BIN)/python tests/benchmarks/bench_stream.py
+	$(BIN)/python tests/benchmarks/bench_checkpoint.py
 
 data/digits: | $(STAMP)
 	@$(BIN)/sixfold data demo digits --out $@

@@ -18,8 +18,8 @@ from sixfold_data.describe import describe
 from sixfold_data.stream import TrainStream
 
 
-def assemble(recipe: Recipe, world: World, *, samples: int = 0, quarantine: Path | None = None) -> Training:
-    """Build everything that trains, fresh, with the stream placed after ``samples`` samples."""
+def assemble(recipe: Recipe, world: World, *, quarantine: Path | None = None) -> Training:
+    """Build everything that trains, fresh, with the stream at its beginning."""
     objective: Objective = recipe.objective.load()(recipe.objective, recipe.networks)
     trainable = [role for role, part in objective.roles.items() if part.kind == "trainable"]
     local_batch = recipe.data.global_batch // world.size
@@ -27,8 +27,8 @@ def assemble(recipe: Recipe, world: World, *, samples: int = 0, quarantine: Path
         objective=objective,
         engines={role: _engine(recipe, objective, role, world) for role in trainable},
         frozen={},
-        stream=open_stream(recipe, world, samples=samples, quarantine=quarantine),
-        progress=progress_at(recipe, samples),
+        stream=open_stream(recipe, world, samples=0, quarantine=quarantine),
+        progress=progress_at(recipe, samples=0),
         device=world.device,
         seed=recipe.seed,
         global_batch=recipe.data.global_batch,

@@ -20,7 +20,7 @@ from sixfold.evaluation.images import SAMPLE_METRICS, ImageScores
 from sixfold.objectives.contract import Networks, Objective, Sum, add_sums, means_of
 from sixfold.recipe.recipe import Recipe
 from sixfold.samplers.contract import Sampler, SampleRequest
-from sixfold.train.samples import Samples, conditions_of
+from sixfold.train.samples import Samples, conditions_of, draw
 from sixfold_data.describe import describe
 from sixfold_data.evaluation import EvaluationReader, read_split_arrays
 
@@ -125,14 +125,13 @@ class Evaluator:
     ) -> dict[str, Tensor]:
         """Draw samples 0 to ``count - 1``, dealt out among ranks in equal numbers of passes; all ranks get them all."""
         assert self._sampler is not None, "sample metrics without a sampling section are refused by the recipe's checks"
-        world, batch = self._world, self.config.batch
+        world = self._world
         share = -(-count // world.size)
-        mine = torch.arange(world.rank * share, (world.rank + 1) * share)
-        parts = []
-        for numbers in torch.split(mine, batch):
-            drawn = numbers.clamp(max=count - 1)  # the last rank's surplus repeats a sample and is cut off below
-            on_device = {name: value[drawn].to(world.device) for name, value in conditions.items()}
-            request = SampleRequest(seed=seed, numbers=drawn.to(world.device), conditions=on_device)
-            parts.append({name: value.cpu() for name, value in self._sampler(networks, request).items()})
-        gathered = [part for rank_parts in gather_objects(parts) for part in rank_parts]
-        return {name: torch.cat([part[name] for part in gathered])[:count] for name in gathered[0]}
+        # The last rank's surplus repeats a sample and is cut off below.
+        mine = torch.arange(world.rank * share, (world.rank + 1) * share).clamp(max=count - 1)
+        request = SampleRequest(
+            seed=seed, numbers=mine, conditions={name: value[mine] for name, value in conditions.items()}
+        )
+        drawn = draw(self._sampler, networks, request, batch=self.config.batch, device=world.device)
+        gathered = gather_objects(drawn)
+        return {name: torch.cat([part[name] for part in gathered])[:count] for name in drawn}

@@ -29,7 +29,7 @@ def due(step: int, every: int | None, total: int) -> bool:
 
 @dataclass(kw_only=True)
 class Log:
-    """Writes metrics to the event log and the display; the means are over the steps since the last line.
+    """Writes metrics to the event log and the display: the step's own losses, and speed since the last line.
 
     ``events`` is None on all ranks but the first.
     """

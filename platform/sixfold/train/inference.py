@@ -22,7 +22,7 @@ from sixfold.recipe.recipe import Recipe
 from sixfold.samplers.contract import Sampler, SampleRequest
 from sixfold.train.evaluator import Evaluator
 from sixfold.train.run_folder import RunFolder
-from sixfold.train.samples import Samples, conditions_of
+from sixfold.train.samples import Samples, conditions_of, draw
 from sixfold_data.describe import describe
 
 _BATCH = 256
@@ -72,7 +72,6 @@ def load_trained(run: Path) -> Trained:
     return Trained(recipe=recipe, candidate=candidate, objective=objective, networks=networks, device=device)
 
 
-@torch.no_grad()
 def sample_run(
     run: Path, *, count: int, seed: int, steps: int | None, out: Path | None, label: int | None, prompt: str | None
 ) -> Written:
@@ -88,12 +87,8 @@ def sample_run(
     info = describe(recipe.data)
     conditions = conditions_of(recipe, info, count, label=label, prompt=prompt)
     sampler: Sampler = recipe.sampling.load()(recipe.sampling, recipe.objective, recipe.networks)
-    parts = []
-    for numbers in torch.split(torch.arange(count), _BATCH):
-        chosen = {name: value[numbers].to(trained.device) for name, value in conditions.items()}
-        request = SampleRequest(seed=seed, numbers=numbers.to(trained.device), conditions=chosen, steps=steps)
-        parts.append({name: value.cpu() for name, value in sampler(trained.networks, request).items()})
-    fields = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    request = SampleRequest(seed=seed, numbers=torch.arange(count), conditions=conditions, steps=steps)
+    fields = draw(sampler, trained.networks, request, batch=_BATCH, device=trained.device)
     samples = Samples(fields=fields, conditions=conditions, info=info)
     folder = out if out is not None else RunFolder(run).samples / f"drawn-step_{step}"
     files = samples.write_all(folder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +13,10 @@ from torch import Tensor
 
 from sixfold.errors import UserError
 from sixfold.evaluation.grid import to_picture, write_sample_grid
+from sixfold.objectives.contract import Networks
 from sixfold.recipe.recipe import Recipe
 from sixfold.samplers.config import AutoregressiveConfig
+from sixfold.samplers.contract import Sampler, SampleRequest
 from sixfold_data.describe import DataInfo
 
 
@@ -47,6 +49,22 @@ def _prompt(info: DataInfo, prompt: str, count: int) -> dict[str, Tensor]:
     assert info.tokenizer is not None, "text data come with their tokenizer"
     tokens = np.concatenate([[info.tokenizer.end_of_text], info.tokenizer.encode(prompt)]).astype(np.int64)
     return {"prompt": torch.from_numpy(tokens).expand(count, -1)}
+
+
+@torch.no_grad()
+def draw(
+    sampler: Sampler, networks: Networks, request: SampleRequest, *, batch: int, device: torch.device
+) -> dict[str, Tensor]:
+    """Draw the requested samples in passes of at most ``batch`` on ``device``, and return their fields on the CPU.
+
+    The request's conditions belong to its numbers, one by one.
+    """
+    parts = []
+    for rows in torch.split(torch.arange(len(request.numbers)), batch):
+        conditions = {name: value[rows].to(device) for name, value in request.conditions.items()}
+        part = replace(request, numbers=request.numbers[rows].to(device), conditions=conditions)
+        parts.append({name: value.cpu() for name, value in sampler(networks, part).items()})
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 @dataclass(frozen=True, kw_only=True)
