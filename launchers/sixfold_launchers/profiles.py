@@ -1,0 +1,353 @@
+"""Profiles: where a job runs, as small strict YAML files beside the recipes they leave untouched.
+
+A profile names its kind by ``type`` and is read by the recipes' own loader: files may stand on others (``base:``),
+faults name file and line, ``key=value`` overrides apply last.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from sixfold.config.base import Component, Config
+from sixfold.config.composition import compose_file, merge
+from sixfold.config.faults import faults_of
+from sixfold.config.overrides import parse_overrides
+from sixfold.config.provenance import Layer, Provenance, display_path
+from sixfold.config.schema import Slot, nearest, with_default_types
+from sixfold.errors import Fault, RecipeError, UserError
+
+VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+_SECRET_WORDS = re.compile(r"(?i)(token|secret|password|passwd|api_?key|access_?key|credential)")
+_TIME_LIMIT = r"^([0-9]+|([0-9]+-)?[0-9]{1,2}:[0-9]{2}(:[0-9]{2})?)$"
+
+
+class ProfileError(UserError):
+    """A profile is malformed, inconsistent or not there. Exit code 2."""
+
+
+class SnapshotConfig(Config):
+    """Which code the job runs."""
+
+    policy: Literal["tracked", "changes", "installed"] = Field(
+        default="tracked",
+        description="tracked: HEAD's tree. changes: with uncommitted changes of tracked files. installed: no copy.",
+    )
+
+
+class ContainerConfig(Config):
+    """The container that every rank runs in."""
+
+    runtime: Literal["apptainer", "pyxis"] = Field(description="apptainer exec on the node, or srun's pyxis plugin.")
+    image: str = Field(min_length=1, description="Image file or reference, as the runtime understands it.")
+    mounts: tuple[str, ...] = Field(default=(), description="Host folders to bind, as SOURCE:TARGET.")
+
+
+class BaseProfile(Component):
+    """What every kind of profile says."""
+
+    description: str = Field(default="", description="One line that `sixfold jobs profiles` shows.")
+    runs: str = Field(default="runs", min_length=1, description="Folder for runs; every node must see it.")
+    python: str | None = Field(default=None, description="Interpreter on the nodes; null: this command's own.")
+    environment: dict[VariableName, str] = Field(
+        default_factory=dict, description="Variables of every rank; visible to anyone who may see the job."
+    )
+    secrets: tuple[VariableName, ...] = Field(
+        default=(), description="Names of secret variables; each value is read on the node, never shipped."
+    )
+    secrets_folder: str = Field(
+        default="~/.config/sixfold/secrets",
+        min_length=1,
+        description="Folder on the nodes with one file a secret, named like it, readable by its owner only.",
+    )
+    snapshot: SnapshotConfig = Field(default_factory=SnapshotConfig, description="Which code the job runs.")
+
+    @field_validator("environment")
+    @classmethod
+    def _holds_no_secret(cls, environment: dict[str, str]) -> dict[str, str]:
+        for name in environment:
+            if _SECRET_WORDS.search(name):
+                raise ValueError(
+                    f"environment.{name} looks like a secret, and everyone who may see the job sees it; "
+                    f"list the name under secrets: [{name}] and put its value into a file of that name on the nodes"
+                )
+        return environment
+
+    def ranks_allowed(self) -> tuple[int, ...]:
+        """Every number of ranks that the job may train on; one, unless the profile is elastic."""
+        raise NotImplementedError
+
+
+class LocalProfile(BaseProfile):
+    """Processes of this machine, detached from the terminal."""
+
+    implementation: ClassVar[str] = "sixfold_launchers.local_jobs:LocalLauncher"
+
+    type: Literal["local"] = Field(description="Processes of this machine.")
+    ranks: int = Field(default=1, ge=1, description="Ranks to start.")
+    max_restarts: int = Field(default=3, ge=0, description="Fresh starts of all ranks after one was killed.")
+
+    def ranks_allowed(self) -> tuple[int, ...]:
+        """The one number of ranks."""
+        return (self.ranks,)
+
+
+class ElasticRanks(Config):
+    """How many ranks a Ray job may train on; the number follows the cluster within the range."""
+
+    minimum: int = Field(ge=1, description="Fewest ranks to train on.")
+    maximum: int = Field(ge=1, description="Most ranks to train on.")
+
+    @model_validator(mode="after")
+    def _is_a_range(self) -> ElasticRanks:
+        if self.minimum > self.maximum:
+            raise ValueError(f"minimum is {self.minimum} and maximum {self.maximum}; swap them or make them equal")
+        return self
+
+    def numbers(self) -> tuple[int, ...]:
+        """Every number in the range."""
+        return tuple(range(self.minimum, self.maximum + 1))
+
+
+class RayRanks(Config):
+    """What Ray needs to know of the ranks, on a standing cluster and inside Slurm."""
+
+    ranks: ElasticRanks = Field(
+        default_factory=lambda: ElasticRanks(minimum=1, maximum=1), description="Range of the number of ranks."
+    )
+    cpus_per_rank: int = Field(default=1, ge=1, description="CPUs that Ray reserves for a rank.")
+    gpus_per_rank: int = Field(default=0, ge=0, description="GPUs that Ray reserves for a rank.")
+    placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = Field(
+        default="PACK", description="How ranks are placed over the nodes."
+    )
+    max_failures: int = Field(default=3, ge=-1, description="Restarts after a rank or node died; -1: without limit.")
+
+
+class RayProfile(RayRanks, BaseProfile):
+    """A standing Ray cluster, reached through its job server."""
+
+    implementation: ClassVar[str] = "sixfold_launchers.ray_jobs:RayLauncher"
+
+    type: Literal["ray"] = Field(description="A standing Ray cluster.")
+    address: str = Field(
+        default="http://127.0.0.1:8265", pattern=r"^https?://", description="Address of the cluster's dashboard."
+    )
+
+    def ranks_allowed(self) -> tuple[int, ...]:
+        """Every number in the elastic range."""
+        return self.ranks.numbers()
+
+
+class SlurmAllocation(Config):
+    """What a Slurm allocation asks for."""
+
+    nodes: int = Field(default=1, ge=1, description="Nodes.")
+    gpus_per_node: int = Field(default=0, ge=0, description="GPUs on each node.")
+    memory_per_node: str | None = Field(
+        default=None, pattern=r"^[0-9]+[KMGT]?$", description="Memory of each node, such as 64G; null: the default."
+    )
+    partition: str | None = Field(default=None, description="Partition; null: the cluster's default.")
+    account: str | None = Field(default=None, description="Account to charge; null: the user's default.")
+    qos: str | None = Field(default=None, description="Quality of service; null: the default.")
+    time_limit: str | None = Field(
+        default=None, pattern=_TIME_LIMIT, description="Minutes, HH:MM:SS or D-HH:MM:SS; null: the partition's."
+    )
+    save_before_limit_s: int = Field(
+        default=120,
+        ge=1,
+        le=3600,
+        description="Seconds before the time limit at which ranks save and the job is requeued.",
+    )
+    requeue: bool = Field(
+        default=True, description="Requeue after preemption, the time limit and node failure, without limit."
+    )
+    container: ContainerConfig | None = Field(default=None, description="Container of the ranks; null: none.")
+    setup: tuple[str, ...] = Field(
+        default=(), description="Shell lines before the ranks start, such as `module load cuda`."
+    )
+    sbatch: dict[str, str | int | bool] = Field(
+        default_factory=dict,
+        description="Further sbatch options by long name without dashes; true for a flag.",
+    )
+
+    @field_validator("sbatch")
+    @classmethod
+    def _adds_options(cls, options: dict[str, str | int | bool]) -> dict[str, str | int | bool]:
+        for name in options:
+            if not re.fullmatch(r"[a-z][a-z0-9-]*", name):
+                raise ValueError(f"sbatch.{name} is no long option of sbatch; write it without dashes, as in hint")
+            if name in _OWN_OPTIONS:
+                raise ValueError(f"sbatch.{name} is set by {_OWN_OPTIONS[name]}; remove it here")
+        return options
+
+
+_OWN_OPTIONS = {
+    "nodes": "nodes",
+    "gpus-per-node": "gpus_per_node",
+    "mem": "memory_per_node",
+    "partition": "partition",
+    "account": "account",
+    "qos": "qos",
+    "time": "time_limit",
+    "signal": "save_before_limit_s",
+    "requeue": "requeue",
+    "no-requeue": "requeue",
+    "ntasks-per-node": "ranks_per_node",
+    "cpus-per-task": "cpus_per_rank",
+    **dict.fromkeys(("job-name", "comment", "output", "error", "open-mode", "export", "array"), "the launcher"),
+}
+
+
+class SlurmProfile(SlurmAllocation, BaseProfile):
+    """A Slurm cluster; srun starts the ranks."""
+
+    implementation: ClassVar[str] = "sixfold_launchers.slurm:SlurmLauncher"
+
+    type: Literal["slurm"] = Field(description="A Slurm cluster; srun starts the ranks.")
+    ranks_per_node: int | None = Field(default=None, ge=1, description="Ranks on each node; null: one a GPU, else 1.")
+    cpus_per_rank: int = Field(default=1, ge=1, description="CPU cores of each rank.")
+    max_restarts: int = Field(
+        default=3, ge=0, description="Fresh starts of all ranks inside an allocation after one was killed."
+    )
+    array_parallelism: int | None = Field(
+        default=None, ge=1, description="Most runs of a sweep at a time; null: as many as fit."
+    )
+
+    def tasks_per_node(self) -> int:
+        """Ranks on each node."""
+        return self.ranks_per_node or self.gpus_per_node or 1
+
+    def ranks_allowed(self) -> tuple[int, ...]:
+        """The one number of ranks."""
+        return (self.nodes * self.tasks_per_node(),)
+
+
+class SlurmRayProfile(RayRanks, SlurmAllocation, BaseProfile):
+    """Ray started inside a Slurm allocation, for the job alone."""
+
+    implementation: ClassVar[str] = "sixfold_launchers.ray_slurm:SlurmRayLauncher"
+
+    type: Literal["slurm_ray"] = Field(description="Ray started inside a Slurm allocation.")
+    cpus_per_node: int = Field(default=1, ge=1, description="CPU cores of each node that Ray may hand out.")
+
+    def ranks_allowed(self) -> tuple[int, ...]:
+        """Every number in the elastic range."""
+        return self.ranks.numbers()
+
+
+Profile = LocalProfile | RayProfile | SlurmProfile | SlurmRayProfile
+"""Every kind of profile; a new one is added here and in :data:`KINDS`."""
+
+KINDS: dict[str, type[Profile]] = {
+    "local": LocalProfile,
+    "ray": RayProfile,
+    "slurm": SlurmProfile,
+    "slurm_ray": SlurmRayProfile,
+}
+
+
+@dataclass(frozen=True)
+class LoadedProfile:
+    """A profile, the name it was asked for by, and where each of its settings was written."""
+
+    name: str
+    profile: Profile
+    provenance: Provenance
+    source: Path
+
+
+def load_profile(reference: str, overrides: Sequence[str] = ()) -> LoadedProfile:
+    """Load a profile by file or name, apply overrides and validate it.
+
+    Raises:
+        ProfileError: with every fault of the first stage that has any, each with file and line.
+    """
+    source = find_profile(reference)
+    override_layer, faults = parse_overrides(overrides)
+    try:
+        layer = compose_file(source)
+    except RecipeError as error:
+        raise ProfileError(*error.faults, *faults) from None
+    if faults:
+        raise ProfileError(*faults)
+    layer = merge(layer, override_layer)
+    provenance = Provenance(display_path(source), layer.places)
+    return LoadedProfile(source.stem, _validate(layer, provenance), provenance, source)
+
+
+def profile_of(settings: dict[str, Any]) -> Profile:
+    """Rebuild a profile from its dump (``profile.model_dump(mode="json")``)."""
+    return KINDS[settings["type"]].model_validate_json(json.dumps(settings))
+
+
+def _validate(layer: Layer, provenance: Provenance) -> Profile:
+    kind = layer.values.get("type")
+    cls = KINDS.get(kind) if isinstance(kind, str) else None
+    if cls is None:
+        suggestion = nearest(str(kind), list(KINDS))
+        raise ProfileError(
+            Fault(
+                what="type is missing" if kind is None else f"type: {kind!r} is no kind of profile",
+                where=provenance.nearest(("type",)),
+                allowed=", ".join(KINDS),
+                fix=f"did you mean `{suggestion}`?" if suggestion else "write `type: slurm`, or another of these",
+            )
+        )
+    values = with_default_types(layer.values, Slot(cls))
+    try:
+        return cls.model_validate_json(json.dumps(values))
+    except ValidationError as error:
+        faults = faults_of(error, root=cls, values=values, provenance=provenance)
+        raise ProfileError(*(_without_recipe_help(fault, str(kind)) for fault in faults)) from None
+
+
+def _without_recipe_help(fault: Fault, kind: str) -> Fault:
+    """Point at the profiles' own description where a fault would point at the recipes'."""
+    fix = None if fault.fix is None else re.sub(r"`sixfold help[^`]*`", f"`sixfold jobs profiles {kind}`", fault.fix)
+    return Fault(what=fault.what, where=fault.where, allowed=fault.allowed, fix=fix)
+
+
+def profile_folders() -> list[Path]:
+    """The folders that are searched, first wins: ``./launchers/profiles``, then those that come with Sixfold."""
+    here = Path(__file__).resolve()
+    folders = [Path.cwd() / "launchers" / "profiles", here.parent / "builtin", here.parents[1] / "profiles"]
+    return list(dict.fromkeys(folder.resolve() for folder in folders if folder.is_dir()))
+
+
+def list_profiles() -> dict[str, Path]:
+    """Every profile that can be named; files that start with ``_`` are building blocks."""
+    found: dict[str, Path] = {}
+    for folder in profile_folders():
+        for path in sorted(folder.rglob("*.yaml")):
+            if not path.name.startswith(("_", ".")):
+                found.setdefault(path.relative_to(folder).with_suffix("").as_posix(), path)
+    return dict(sorted(found.items()))
+
+
+def find_profile(reference: str) -> Path:
+    """Return the file of a profile given as a path or as a name.
+
+    Raises:
+        ProfileError: there is neither such a file nor such a name.
+    """
+    path = Path(reference).expanduser()
+    if path.is_file():
+        return path
+    names = list_profiles()
+    if reference in names:
+        return names[reference]
+    suggestion = nearest(reference, list(names))
+    raise ProfileError(
+        Fault(
+            what=f"there is no profile {reference!r}",
+            where="--to",
+            allowed="a YAML file, or one of: " + (", ".join(names) or "(no profiles were found)"),
+            fix=f"did you mean `{suggestion}`?" if suggestion else "`sixfold jobs profiles` lists the names",
+        )
+    )

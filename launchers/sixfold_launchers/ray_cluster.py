@@ -1,0 +1,387 @@
+"""A real multi-node Ray cluster on this machine: raylets on loopback with ports, folder and token of their own.
+
+Several such clusters, and other people's, may stand side by side. Every process of a cluster inherits a variable with
+the cluster's mark; what carries the mark is stopped, nothing else is touched (``ray stop`` would end every Ray of the
+machine). A token of mode 0600 keeps other users of the machine out: without it nobody can join a node or submit a job.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from sixfold.errors import EnvironmentFault, UserError
+
+HOST = "127.0.0.1"
+MARK = "SIXFOLD_RAY_CLUSTER"
+"""The variable that every process of a cluster inherits; its value is the cluster's mark."""
+
+READY_TIMEOUT_S = 120.0
+_STOP_TIMEOUT_S = 5.0
+_OBJECT_STORE_BYTES = 96 << 20  # Ray Train moves functions and reports through it, training data never
+# Loopback answers at once: a node that is silent for two seconds is dead, where Ray's defaults wait half a minute.
+_QUICK_DEATH = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RayNode:
+    """One node of a cluster: the process that keeps its raylet, and when it began (a pid alone may be reused)."""
+
+    pid: int
+    started_s: float
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it is still that process."""
+        process = _process(self.pid)
+        return process is not None and abs(process.create_time() - self.started_s) < 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RayCluster:
+    """A cluster's record, kept in its folder as ``cluster.json`` from before the first process starts.
+
+    Attributes:
+        folder: where the record, the token and the logs lie.
+        mark: what identifies its processes.
+        temporary: Ray's own folder; short, since the paths of sockets may have no more than 107 characters.
+        port: where nodes and drivers join.
+        dashboard_port: where jobs are submitted.
+        cpus_per_node: CPUs that each node offers to Ray; a number for scheduling, which needs no such cores.
+        nodes: the head, then the others.
+    """
+
+    folder: str
+    mark: str
+    temporary: str
+    port: int
+    dashboard_port: int
+    cpus_per_node: int
+    nodes: tuple[RayNode, ...] = ()
+
+    @property
+    def address(self) -> str:
+        """What ``RAY_ADDRESS`` is for drivers."""
+        return f"{HOST}:{self.port}"
+
+    @property
+    def dashboard(self) -> str:
+        """Where jobs are submitted, and people look."""
+        return f"http://{HOST}:{self.dashboard_port}"
+
+    @property
+    def token_file(self) -> Path:
+        """The file whose content lets a process in."""
+        return Path(self.folder) / "token"
+
+    def environment(self) -> dict[str, str]:
+        """What a client, a driver or a node needs to be let in."""
+        return authentication(self.token_file)
+
+
+def authentication(token_file: Path) -> dict[str, str]:
+    """Variables that switch Ray's token authentication on, needed alike by heads, joining nodes, drivers and clients."""
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token_file)}
+
+
+def default_folder() -> Path:
+    """Where ``sixfold ray`` keeps the cluster of this user on this machine."""
+    state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+    return Path(state).expanduser() / "sixfold" / "ray"
+
+
+def up(folder: Path, *, nodes: int, cpus_per_node: int = 2, timeout_s: float = READY_TIMEOUT_S) -> RayCluster:
+    """Bring a cluster up, or go on with the one that is: dead nodes are replaced, missing ones added.
+
+    Raises:
+        EnvironmentFault: Ray is not installed, or a node died or did not join in time (its last words are shown).
+        UserError: a running cluster has more nodes than asked for.
+    """
+    _check_installed()
+    cluster = find(folder)
+    if cluster is not None and not cluster.nodes[0].is_running:
+        down(folder)
+        cluster = None
+    if cluster is None:
+        cluster = _prepare(folder, cpus_per_node)
+    alive = tuple(node for node in cluster.nodes if node.is_running)
+    if len(alive) > nodes:
+        raise UserError.of(
+            f"the cluster is up with {len(alive)} nodes, {nodes} were asked for",
+            where=str(folder),
+            fix="run `sixfold ray down` first, or ask for as many as there are",
+        )
+    cluster = _record(replace(cluster, nodes=alive))
+    while len(cluster.nodes) < nodes:
+        cluster = add_node(cluster)
+        if len(cluster.nodes) == 1:
+            wait_until_ready(cluster, nodes=1, timeout_s=timeout_s)
+    wait_until_ready(cluster, nodes=nodes, timeout_s=timeout_s)
+    return cluster
+
+
+def add_node(cluster: RayCluster) -> RayCluster:
+    """Start one more node, the head if it is the first, and return the cluster with it; it joins within seconds."""
+    number = len(cluster.nodes)
+    log = Path(cluster.folder) / f"node-{number}.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "ray.scripts.scripts", *node_arguments(cluster, head=number == 0)],
+            env={**os.environ, **cluster.environment(), MARK: cluster.mark, "RAY_USAGE_STATS_ENABLED": "0"},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C at the terminal it was started from is not for it
+        )
+    found = _process(process.pid)
+    started_s = time.time() if found is None else found.create_time()
+    return _record(replace(cluster, nodes=(*cluster.nodes, RayNode(pid=process.pid, started_s=started_s))))
+
+
+def node_arguments(cluster: RayCluster, *, head: bool) -> list[str]:
+    """The arguments of ``ray start`` for a node on loopback."""
+    common = [
+        "start",
+        "--block",
+        f"--node-ip-address={HOST}",
+        f"--num-cpus={cluster.cpus_per_node}",
+        "--num-gpus=0",
+        f"--object-store-memory={_OBJECT_STORE_BYTES}",
+        "--disable-usage-stats",
+    ]
+    if not head:
+        # One log monitor a machine, or every line of a worker would be shown once for each node.
+        return [*common, f"--address={cluster.address}", "--include-log-monitor=false"]
+    return [
+        *common,
+        "--head",
+        f"--port={cluster.port}",
+        f"--temp-dir={cluster.temporary}",
+        f"--dashboard-host={HOST}",
+        f"--dashboard-port={cluster.dashboard_port}",
+        "--ray-client-server-port=0",
+        f"--system-config={json.dumps(_QUICK_DEATH)}",
+    ]
+
+
+def find(folder: Path) -> RayCluster | None:
+    """Return the cluster whose record lies in ``folder``, running or not; None if there is none."""
+    path = folder / "cluster.json"
+    if not path.is_file():
+        return None
+    record: dict[str, Any] = json.loads(path.read_text())
+    nodes = tuple(RayNode(**node) for node in record.pop("nodes"))
+    return RayCluster(nodes=nodes, **record)
+
+
+def down(folder: Path) -> int:
+    """Stop what :func:`up` started there, and only that; return how many processes that ended. Nothing to do is fine."""
+    cluster = find(folder)
+    if cluster is None:
+        return 0
+    ended = _end_all(cluster.mark)
+    shutil.rmtree(cluster.temporary, ignore_errors=True)
+    for name in ("cluster.json", "token"):
+        (folder / name).unlink(missing_ok=True)
+    return ended
+
+
+def alive_nodes(dashboard: str, token_file: Path) -> int | None:
+    """Count the nodes that a cluster's head takes for alive; None while it does not answer.
+
+    Raises:
+        EnvironmentFault: the head answers and refuses the token.
+    """
+    reply = _ask(f"{dashboard}/api/v0/nodes?limit=10000&detail=false", token_file)
+    if reply is None:
+        return None
+    return sum(node["state"] == "ALIVE" for node in reply["data"]["result"]["result"])
+
+
+def wait_until_ready(cluster: RayCluster, *, nodes: int, timeout_s: float = READY_TIMEOUT_S) -> None:
+    """Return once the head counts ``nodes`` living nodes and takes jobs.
+
+    Raises:
+        EnvironmentFault: a node's process ended, or they were not there in time.
+    """
+    deadline_s = time.monotonic() + timeout_s
+    while True:
+        for number, node in enumerate(cluster.nodes):
+            if not node.is_running:
+                raise EnvironmentFault.of(
+                    f"node {number} of the Ray cluster has ended:\n{_last_lines(cluster, number)}",
+                    where=cluster.folder,
+                    fix="look at the words above; `sixfold ray down` clears what is left",
+                )
+        found = alive_nodes(cluster.dashboard, cluster.token_file)
+        if found is not None and found >= nodes and _takes_jobs(cluster):
+            return
+        if time.monotonic() > deadline_s:
+            raise EnvironmentFault.of(
+                f"{found or 0} of {nodes} Ray nodes were there after {timeout_s:.0f} s:\n{_last_lines(cluster, 0)}",
+                where=cluster.folder,
+                fix="free memory and cores of this machine, then try again",
+            )
+        time.sleep(0.2)
+
+
+def processes_of(mark: str) -> list[int]:
+    """Pids of the living processes of this user that carry a cluster's mark, zombies left out."""
+    wanted = f"{MARK}={mark}".encode()
+    found = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            # Of a zombie, and of a process of somebody else, there is nothing to read.
+            if wanted in (entry / "environ").read_bytes().split(b"\0"):
+                found.append(int(entry.name))
+        except OSError:
+            continue
+    return found
+
+
+def _prepare(folder: Path, cpus_per_node: int) -> RayCluster:
+    folder.mkdir(parents=True, exist_ok=True)
+    ports = _free_ports(2)
+    cluster = RayCluster(
+        folder=str(folder.absolute()),
+        mark=secrets.token_hex(8),
+        temporary=tempfile.mkdtemp(prefix="sixfold-ray-", dir="/tmp"),
+        port=ports[0],
+        dashboard_port=ports[1],
+        cpus_per_node=cpus_per_node,
+    )
+    write_token(cluster.token_file)
+    return _record(cluster)
+
+
+def write_token(path: Path) -> None:
+    """Write a new token that only this user can read, from the first byte on."""
+    path.unlink(missing_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(secrets.token_hex(32))
+
+
+def _record(cluster: RayCluster) -> RayCluster:
+    path = Path(cluster.folder) / "cluster.json"
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(asdict(cluster), indent=2) + "\n")
+    temporary.replace(path)
+    return cluster
+
+
+def _end_all(mark: str) -> int:
+    """End all processes with the mark: first asked, then not; new ones may appear while old ones go."""
+    ended: set[int] = set()
+    deadline_s = time.monotonic() + _STOP_TIMEOUT_S
+    number = signal.SIGTERM
+    while found := processes_of(mark):
+        if time.monotonic() > deadline_s:
+            number = signal.SIGKILL
+        for pid in found:
+            if pid not in ended or number == signal.SIGKILL:
+                _send(pid, number)
+        ended.update(found)
+        time.sleep(0.1)
+    for pid in ended:
+        _reap(pid)
+    return len(ended)
+
+
+def _send(pid: int, number: int) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        pass  # it was faster
+
+
+def _reap(pid: int) -> None:
+    """Forget a child of this very process; others are reaped by their own parents."""
+    try:
+        os.waitpid(pid, os.WNOHANG)
+    except ChildProcessError:
+        pass
+
+
+def _takes_jobs(cluster: RayCluster) -> bool:
+    return _ask(f"{cluster.dashboard}/api/version", cluster.token_file) is not None
+
+
+def _ask(url: str, token_file: Path) -> Any:
+    """Get JSON from a head, None while it does not answer."""
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token_file.read_text().strip()}"})
+    try:
+        with urllib.request.urlopen(request, timeout=10.0) as reply:
+            return json.load(reply)
+    except urllib.error.HTTPError as error:
+        if error.code in (401, 403):
+            raise EnvironmentFault.of(
+                "the Ray cluster refuses the token", where=f"{url}, token in {token_file}", fix="use the cluster's own"
+            ) from error
+        return None
+    except (OSError, ValueError):
+        return None
+
+
+def _last_lines(cluster: RayCluster, number: int) -> str:
+    log = Path(cluster.folder) / f"node-{number}.log"
+    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    return "\n".join(line for line in lines[-12:] if line.strip())
+
+
+def _free_ports(count: int) -> list[int]:
+    probes = [socket.socket() for _ in range(count)]
+    try:
+        for probe in probes:
+            probe.bind((HOST, 0))
+        return [probe.getsockname()[1] for probe in probes]
+    finally:
+        for probe in probes:
+            probe.close()
+
+
+def _process(pid: int) -> Any:
+    """The process with a pid, None if it is gone or waits to be reaped."""
+    import psutil  # type: ignore[import-untyped]  # it ships no types
+
+    try:
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else process
+    except psutil.NoSuchProcess:
+        return None
+
+
+def _check_installed() -> None:
+    if find_spec("ray") is None:
+        raise EnvironmentFault.of("Ray is not installed", fix="pip install 'sixfold[ray]'")
+
+
+def describe(cluster: RayCluster) -> Mapping[str, Any]:
+    """What ``sixfold ray status`` tells: plain data without the token."""
+    alive = [node.is_running for node in cluster.nodes]
+    return {
+        "address": cluster.address,
+        "dashboard": cluster.dashboard,
+        "token_file": str(cluster.token_file),
+        "nodes": len(cluster.nodes),
+        "nodes_running": sum(alive),
+        "nodes_joined": alive_nodes(cluster.dashboard, cluster.token_file) if alive and alive[0] else 0,
+        "cpus_per_node": cluster.cpus_per_node,
+    }
