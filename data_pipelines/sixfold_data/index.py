@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 FORMAT = "sixfold-data/1"
 MANIFEST_NAME = "dataset.json"
-DEMO_NAMES = ("digits", "stdlib")
+DEMO_NAMES = ("digits", "stdlib", "scenes")
 Kind = Literal["text", "images", "image-text"]
 
 

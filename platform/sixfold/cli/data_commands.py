@@ -52,6 +52,7 @@ class DemoName(StrEnum):
 
     DIGITS = "digits"
     STDLIB = "stdlib"
+    SCENES = "scenes"
 
 
 def register(app: typer.Typer) -> None:
@@ -123,15 +124,24 @@ def demo(
     *,
     out: OutOption,
     max_bytes: Annotated[int, typer.Option(min=1, help="Most bytes of source text (stdlib).")] = 4_000_000,
+    samples: Annotated[int, typer.Option(min=2, help="Pictures to draw, all splits together (scenes).")] = 10_000,
+    image_size: Annotated[int, typer.Option(help="Pixels a side, 16 or 32 (scenes).")] = 32,
     as_json: JsonOption = False,
 ) -> None:
-    """Build real data that comes with the dependencies: scikit-learn's digits, or Python's own sources."""
+    """Build data that need no download: scikit-learn's digits, Python's own sources, or drawn scenes with captions."""
     from sixfold_data.build import BuildOptions
     from sixfold_data.demo import build_digits, build_stdlib
+    from sixfold_data.scenes import build_scenes
 
     with progress("samples") as told:
         options = BuildOptions(out=out, progress=told)
-        report = build_digits(options) if name is DemoName.DIGITS else build_stdlib(options, max_bytes)
+        match name:
+            case DemoName.DIGITS:
+                report = build_digits(options)
+            case DemoName.STDLIB:
+                report = build_stdlib(options, max_bytes)
+            case DemoName.SCENES:
+                report = build_scenes(options, samples, image_size)
     _print_build(report, as_json)
 
 
