@@ -67,9 +67,7 @@ def advance(training: Training) -> tuple[float, float]:
 
 def close(training: Training) -> None:
     """Release engines and stream."""
-    training.stream.close()
-    for engine in training.engines.values():
-        engine.close()
+    training.close()
 
 
 def train_and_save(config: Component, name: str, data: str, folder: str, *, until: int) -> list[tuple[float, float]]:
@@ -88,7 +86,7 @@ def train_and_save(config: Component, name: str, data: str, folder: str, *, unti
 
 def save(job: Job) -> None:
     """Save now and wait until the checkpoint is committed."""
-    states = {role: engine.checkpoint_state() for role, engine in job.training.engines.items()}
+    states = {role: part.checkpoint_state() for role, part in job.training.saved.items()}
     progress = job.training.progress
     extra = SavedExtra(samples=progress.samples, data=job.training.stream.state())
     job.checkpointer.save(progress.step, states, extra.model_dump(mode="json"))

@@ -56,7 +56,7 @@ def our_loss(case):
     batch = Batch({"tokens": token_batch()}, torch.arange(SEQUENCES))
 
     def loss():
-        terms = objective({"lm": network}, batch, Phase(name="main", trains="lm"), None)
+        terms = objective({"lm": network}, batch, Phase(name="main", trains=("lm",)), None)
         return terms.loss / terms.count
 
     return network, loss

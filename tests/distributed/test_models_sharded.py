@@ -52,7 +52,7 @@ def train_and_decode(engine_config):
         batch = Batch({"tokens": tokens[mine], "documents": documents[mine]}, torch.arange(SEQUENCES)[mine])
         random = PositionRandom(0, batch.positions)
         with engine.accumulate(last=True):
-            terms = objective({"lm": engine.module}, batch, Phase(name="main", trains="lm"), random)
+            terms = objective({"lm": engine.module}, batch, Phase(name="main", trains=("lm",)), random)
             engine.backward(terms.loss)
         total = sum_over_ranks({"loss": terms.loss.detach(), "count": terms.count, **terms.statistics})
         report = engine.step(total["count"], finite=torch.tensor(True))

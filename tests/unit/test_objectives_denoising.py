@@ -35,7 +35,7 @@ PRESETS = {
     "data_on_rectified_flow": DenoisingConfig(prediction="data", time=LogitNormalTimeConfig()),
 }
 
-PHASE = Phase(name="main", trains="denoiser")
+PHASE = Phase(name="main", trains=("denoiser",))
 
 
 def images_of(mean: float, std: float, count: int, size: int = 8, start: int = 0) -> Batch:

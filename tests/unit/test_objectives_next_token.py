@@ -14,7 +14,7 @@ from sixfold.objectives.next_token.config import NextTokenConfig
 from sixfold.objectives.next_token.cross_entropy import chunked_cross_entropy
 from sixfold.objectives.next_token.objective import NextToken
 
-PHASE = Phase(name="main", trains="lm")
+PHASE = Phase(name="main", trains=("lm",))
 PROGRESS = Progress(samples=0, step=0, total_steps=1)
 
 

@@ -35,13 +35,13 @@ class Candidate:
     rejected: dict[str, str]
 
 
-def newest_verified(location: Path | str, log: Log) -> Candidate | None:
+def newest_verified(location: Path | str, log: Log, *, step: int | None = None) -> Candidate | None:
     """Return the newest checkpoint at ``location`` that verifies, in a single process; see :func:`search`."""
-    return search(open_store(location), Ranks(None), log)
+    return search(open_store(location), Ranks(None), log, step=step)
 
 
-def search(store: Store, ranks: Ranks, log: Log) -> Candidate | None:
-    """Return the newest checkpoint whose every file hashes to what its manifest says (a collective).
+def search(store: Store, ranks: Ranks, log: Log, *, step: int | None = None) -> Candidate | None:
+    """Return the newest checkpoint (of the given ``step``, if one is) whose every file hashes to what its manifest says (a collective).
 
     The ranks share the hashing and agree on the outcome. ``log`` is called on rank 0 for every checkpoint that is
     passed over, with the reason.
@@ -52,6 +52,8 @@ def search(store: Store, ranks: Ranks, log: Log) -> Candidate | None:
     """
     rejected: dict[str, str] = {}
     for committed in _listed(store, ranks):
+        if step is not None and committed.step != step:
+            continue
         outcome = _verify(store, committed, ranks)
         if isinstance(outcome, Manifest):
             if ranks.rank == 0:

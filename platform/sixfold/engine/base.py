@@ -33,33 +33,42 @@ from sixfold.models.network import Network, ParameterTag, parameter_tags
 
 
 @dataclass(frozen=True, kw_only=True)
-class RoleSpecification:
-    """All that decides how one trainable role is built and trained.
+class NetworkSpecification:
+    """All that decides how the network of a role is built.
 
     Attributes:
         engine: sharding, precision, activation checkpointing, clipping.
-        optimizer: the update rule.
-        schedule: factor on its peak rates.
         network: the network's own settings.
         role: name of the role; together with ``seed`` it fixes the initial values.
         seed: the recipe's seed.
-        total_steps: updates at which the schedule ends.
-        ema_decay: decay of the parameters' moving average, or None for none.
         world: this process's rank and device.
     """
 
     engine: EngineConfig
-    optimizer: OptimizerConfig
-    schedule: ScheduleConfig
     network: Component
     role: str
     seed: int
-    total_steps: int
-    ema_decay: float | None
     world: World
 
 
-def network_on_meta(specification: RoleSpecification) -> tuple[Network, dict[str, ParameterTag]]:
+@dataclass(frozen=True, kw_only=True)
+class RoleSpecification(NetworkSpecification):
+    """All that decides how one trainable role is built and trained.
+
+    Attributes:
+        optimizer: the update rule.
+        schedule: factor on its peak rates.
+        total_steps: updates at which the schedule ends.
+        ema_decay: decay of the parameters' moving average, or None for none.
+    """
+
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    total_steps: int
+    ema_decay: float | None
+
+
+def network_on_meta(specification: NetworkSpecification) -> tuple[Network, dict[str, ParameterTag]]:
     """Build the network without memory, read its tags, and prepare its blocks."""
     with torch.device("meta"):
         network: Network = specification.network.load()(specification.network)
@@ -68,7 +77,7 @@ def network_on_meta(specification: RoleSpecification) -> tuple[Network, dict[str
     return network, tags
 
 
-def prepare_blocks(network: Network, specification: RoleSpecification) -> None:
+def prepare_blocks(network: Network, specification: NetworkSpecification) -> None:
     """Replace forwards: recomputation inside compilation inside autocast, all inside the hooks of sharding."""
     config = specification.engine
     device = specification.world.device
@@ -87,6 +96,19 @@ def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
         for name, value in part.named_buffers(recurse=False)
         if name not in part._non_persistent_buffers_set
     }
+
+
+@contextmanager
+def requiring_no_gradient(network: nn.Module) -> Iterator[None]:
+    """Let no gradient reach the network's parameters for a while; those to its inputs pass."""
+    parameters = [value for value in network.parameters() if value.requires_grad]
+    for value in parameters:
+        value.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for value in parameters:
+            value.requires_grad_(True)
 
 
 def clip_factor(norm: float, limit: float | None) -> float:
@@ -164,6 +186,18 @@ class TorchEngine(ABC):
         finally:
             self._average.swap()
             self._forget_gathered_parameters()
+
+    @contextmanager
+    def untrained(self) -> Iterator[nn.Module]:
+        """Yield the network as another role's phase calls it: without its wrapper, nothing is reduced."""
+        with requiring_no_gradient(self.network):
+            yield self.network
+
+    @torch.no_grad()
+    def average_into(self, values: Mapping[str, Tensor], decay: float) -> None:
+        """Average the present parameters into ``values``, which are sharded as they are."""
+        followers = local_tensors([values[name] for name in self._parameters])
+        torch._foreach_lerp_(followers, local_tensors(list(self._parameters.values())), 1.0 - decay)
 
     def checkpoint_state(self) -> State:
         """Return the live state; sharded parameters, slots and averages as DTensors."""

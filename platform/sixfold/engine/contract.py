@@ -6,7 +6,7 @@ local sums divided once by the global count, the norm is global, the finite chec
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -57,6 +57,17 @@ class Engine(Protocol):
         """Divide by the global ``count`` (already all-reduced), check, clip, update, average (EMA), zero the gradients.
 
         ``finite`` is this rank's 0-dimensional bool: whether all local losses were finite.
+        """
+        ...
+
+    def untrained(self) -> AbstractContextManager[nn.Module]:
+        """Context in which no gradient reaches the parameters; yields the network as other roles' phases call it."""
+        ...
+
+    def average_into(self, values: Mapping[str, Tensor], decay: float) -> None:
+        """v <- decay v + (1 - decay) p for every parameter p; a collective.
+
+        ``values`` are a :class:`~sixfold.engine.companion.Companion`'s parameters, made for this engine's settings.
         """
         ...
 

@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,12 +24,13 @@ from sixfold.distributed.collectives import any_rank
 from sixfold.distributed.mesh import host_mesh
 from sixfold.distributed.process_group import World, ensure_group
 from sixfold.engine.averaging import average_decay
-from sixfold.engine.base import RoleSpecification, network_on_meta, persistent_buffers
+from sixfold.engine.base import RoleSpecification, network_on_meta, persistent_buffers, requiring_no_gradient
 from sixfold.engine.config import AdamWConfig, DeepSpeedConfig
 from sixfold.engine.contract import State, StepReport
 from sixfold.engine.optimizers import allocate_adamw_state, torch_adamw
 from sixfold.engine.precision import compute_dtype
 from sixfold.engine.schedules import learning_rate_factor
+from sixfold.engine.sharding import own_part
 from sixfold.engine.zero_fragments import fragments
 from sixfold.errors import EnvironmentFault, RecipeError
 from sixfold.models.network import initial_value, reset_buffers
@@ -109,6 +110,20 @@ class DeepSpeedEngine:
         self.updates += 1
         self._update_average()
         return StepReport(grad_norm=float(self._zero._global_grad_norm), learning_rate=rate, skipped=False)
+
+    @contextmanager
+    def untrained(self) -> Iterator[nn.Module]:
+        """Yield the network as another role's phase calls it; stage 3 gathers by hooks of its own parts."""
+        with requiring_no_gradient(self.network):
+            yield self.network
+
+    @torch.no_grad()
+    def average_into(self, values: Mapping[str, Tensor], decay: float) -> None:
+        """Average the fp32 masters into ``values``, gathering one tensor at a time."""
+        for name, whole in self.full_parameters(averaged=False):
+            if (held := values.get(name)) is not None:
+                part = own_part(whole, held) if isinstance(held, DTensor) else whole
+                (held.to_local() if isinstance(held, DTensor) else held).lerp_(part.to(held.device), 1.0 - decay)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

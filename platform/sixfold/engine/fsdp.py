@@ -36,6 +36,7 @@ class FSDPEngine(TorchEngine):
             shard(network, self._mesh, config, compute_dtype(config.precision, specification.world.device))
         network.to_empty(device=specification.world.device)
         initialize_shards(network, tags, seed=specification.seed, role=specification.role)
+        _fix_gradient_dtypes(network)
         optimizer = build_optimizer(specification.optimizer, dict(network.named_parameters()), tags)
         super().__init__(specification, network, network, optimizer)
 
@@ -80,6 +81,17 @@ def shard(network: Network, mesh: DeviceMesh, config: FSDPConfig, dtype: torch.d
         if isinstance(part, FSDPModule):
             part.set_gradient_divide_factor(1.0)
             part.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
+
+
+def _fix_gradient_dtypes(network: nn.Module) -> None:
+    """Have FSDP2 note the dtypes of gradients now: at the first forward the role may be frozen by another's phase.
+
+    It notes them once, from parameters that require gradients then; a role noted as frozen could never be trained.
+    """
+    for part in network.modules():
+        if isinstance(part, FSDPModule):
+            part.unshard()
+            part.reshard()
 
 
 def _placement(parameter: nn.Parameter, shards: int) -> Shard | None:

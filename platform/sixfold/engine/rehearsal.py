@@ -18,10 +18,14 @@ from torch.distributed.tensor import DTensor
 from sixfold.config.base import Component
 from sixfold.distributed.fake import fake_world
 from sixfold.distributed.process_group import World
-from sixfold.engine.base import RoleSpecification, network_on_meta
+from sixfold.engine.base import NetworkSpecification, RoleSpecification, network_on_meta
+from sixfold.engine.companion import Companion
 from sixfold.engine.config import ConstantScheduleConfig, DeepSpeedConfig, EngineConfig, FSDPConfig, OptimizerConfig
 from sixfold.engine.fsdp import FSDPEngine
 from sixfold.engine.optimizers import build_optimizer
+
+Loss = Callable[[nn.Module, Mapping[str, nn.Module], Mapping[str, Tensor]], Tensor]
+"""The objective's 0-dimensional sum, from the network in training, the other roles' networks and a batch's fields."""
 
 BatchFields = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 """A micro-batch's fields: shape, first dimension the samples, and dtype."""
@@ -59,9 +63,10 @@ def rehearse(
     optimizer_config: OptimizerConfig,
     *,
     batch_fields: BatchFields,
-    loss: Callable[[nn.Module, Mapping[str, Tensor]], Tensor],
+    loss: Loss,
     world_size: int,
     averaged: bool = True,
+    others: Mapping[str, Component] | None = None,
 ) -> Rehearsal:
     """Run forward, backward and an update of one role as rank 0 of ``world_size``, and count what the rank holds.
 
@@ -73,9 +78,10 @@ def rehearse(
         engine_config: how it is sharded.
         optimizer_config: its update rule.
         batch_fields: one rank's micro-batch.
-        loss: the objective, as a function of the wrapped network and the micro-batch's fields, to a 0-dimensional sum.
+        loss: the objective, as a function of the wrapped network, the other roles' and the micro-batch's fields.
         world_size: how many ranks to pretend; nothing may have joined a process group yet.
         averaged: whether the role keeps a moving average.
+        others: by role, the settings of networks that the loss calls but that are not trained meanwhile.
 
     Raises:
         RecipeError: the engine's settings do not fit ``world_size``.
@@ -93,19 +99,28 @@ def rehearse(
             world=world,
         )
         batch = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in batch_fields.items()}
+        frozen = {role: _frozen(specification, settings) for role, settings in (others or {}).items()}
+
+        def of_network(network: nn.Module) -> Tensor:
+            return loss(network, frozen, batch)
+
         if isinstance(engine_config, FSDPConfig):
-            return _rehearse_sharded(specification, batch, loss)
-        return _rehearse_replicated(specification, batch, loss)
+            return _rehearse_sharded(specification, of_network)
+        return _rehearse_replicated(specification, of_network)
+
+
+def _frozen(specification: RoleSpecification, settings: Component) -> nn.Module:
+    shared = {name: getattr(specification, name) for name in ("engine", "role", "seed", "world")}
+    return Companion(NetworkSpecification(network=settings, **shared)).network
 
 
 def _rehearse_sharded(
     specification: RoleSpecification,
-    batch: Mapping[str, Tensor],
-    loss: Callable[[nn.Module, Mapping[str, Tensor]], Tensor],
+    loss: Callable[[nn.Module], Tensor],
 ) -> Rehearsal:
     engine = FSDPEngine(specification)
     with engine.accumulate(last=True):
-        engine.backward(loss(engine.module, batch))
+        engine.backward(loss(engine.module))
     gradients = _bytes(value.grad for value in engine.network.parameters() if value.grad is not None)
     engine.apply_update(1.0, 1.0)
     state = engine.checkpoint_state()
@@ -122,13 +137,12 @@ def _rehearse_sharded(
 
 def _rehearse_replicated(
     specification: RoleSpecification,
-    batch: Mapping[str, Tensor],
-    loss: Callable[[nn.Module, Mapping[str, Tensor]], Tensor],
+    loss: Callable[[nn.Module], Tensor],
 ) -> Rehearsal:
     with unset_fake_temporarily():  # meta tensors that fake ones can take the place of
         network, tags = network_on_meta(specification)
     network.to_empty(device=specification.world.device)
-    torch.autograd.backward(loss(network, batch))
+    torch.autograd.backward(loss(network))
     parameters = dict(network.named_parameters())
     optimizer = build_optimizer(specification.optimizer, parameters, tags)
     optimizer.step(1.0)

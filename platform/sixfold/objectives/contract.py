@@ -58,23 +58,30 @@ class Role:
 
     Attributes:
         kind: ``trainable`` has an optimizer; ``frozen`` never changes; ``tracking`` averages another role over time.
-        network: the name in the recipe's ``networks`` that builds it.
-        follows: for ``tracking``, the role that it averages.
-        decay: for ``tracking``, the decay of the average per optimizer step.
+            Gradients pass through frozen and tracking networks to their inputs, never into them.
+        network: the name in the recipe's ``networks`` that builds it. Roles may share one; each has weights of its own.
+        follows: for ``tracking``, the trainable role that it averages, and starts equal to.
+        decay: for ``tracking``, the decay of the average per update of that role.
+        starts_from: for ``trainable``, the role whose initial weights it takes over wherever names and shapes agree.
     """
 
     kind: Literal["trainable", "frozen", "tracking"]
     network: str
     follows: str | None = None
     decay: float | None = None
+    starts_from: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """One pass over the batch that trains one role (``Phase(name="generator", trains="generator")``)."""
+    """One pass over the batch that trains one role, or several by one backward pass.
+
+    Networks of other roles are frozen meanwhile: gradients pass through them to their inputs alone.
+    ``Phase(name="generator", trains=("generator",))``; the phase called ``main`` logs its metrics without a prefix.
+    """
 
     name: str
-    trains: str
+    trains: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -147,12 +154,15 @@ Networks = Mapping[str, nn.Module]
 
 
 class Objective(Protocol):
-    """The contract of ``objectives/``: constructed as ``implementation(config, networks_config)``."""
+    """The contract of ``objectives/``: constructed as ``implementation(config, networks_config)``.
+
+    ``networks_config`` is a :data:`~sixfold.models.trained.network.NetworksConfig`.
+    """
 
     roles: Mapping[str, Role]
 
     def phases(self, progress: Progress) -> Sequence[Phase]:
-        """Which roles train at this step, in order; ratios between roles live here."""
+        """Which roles train at this step, in order; ratios between roles live here. A function of progress alone."""
         ...
 
     def __call__(self, nets: Networks, batch: Batch, phase: Phase, random: PositionRandom) -> LossTerms:

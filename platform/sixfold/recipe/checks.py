@@ -5,45 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, get_args
 
 from sixfold.config.provenance import Provenance
 from sixfold.config.schema import nearest, spell_plain
 from sixfold.engine.config import DeepSpeedConfig, FSDPConfig, MuonConfig
 from sixfold.errors import Fault, RecipeError
-from sixfold.models.dit.config import DiTConfig
+from sixfold.evaluation.config import metric_types
 from sixfold.objectives.denoising.config import DenoisingConfig
-from sixfold.recipe.recipe import Recipe
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fit:
-    """What goes together with one type of objective."""
-
-    modality: Literal["image", "text"]
-    networks: tuple[str, ...]
-    samplers: tuple[str, ...]
-    metrics: tuple[str, ...]
-
-
-FITS: dict[str, Fit] = {
-    "denoising": Fit(
-        modality="image",
-        networks=("dit",),
-        samplers=("euler", "heun"),
-        metrics=("loss", "fd", "kid", "nearest_neighbour", "conditional_accuracy"),
-    ),
-    "next_token": Fit(
-        modality="text",
-        networks=("moe_transformer",),
-        samplers=("autoregressive",),
-        metrics=("loss", "bits_per_byte"),
-    ),
-}
-"""By objective; a new objective adds its line."""
-
-SAMPLE_METRICS = ("fd", "kid", "nearest_neighbour", "conditional_accuracy")
-"""Metrics that score drawn samples, and so need ``sampling``."""
+from sixfold.recipe.recipe import NetworkConfig, Recipe
 
 
 @dataclass(frozen=True)
@@ -56,13 +26,13 @@ class _Checked:
 
     def say(self, *keys: str) -> str:
         """Spell keys with their values and places: ``data.lanes = 48 (my.yaml:7) and train.steps = 9 (default)``."""
-        return " and ".join(f"{key} = {self._value(key)} ({self.provenance.where(key)})" for key in keys)
+        return " and ".join(f"{key} = {self.say_value(key)} ({self.provenance.where(key)})" for key in keys)
 
     def fault(self, what: str, *, at: str, fix: str, allowed: str | None = None) -> Fault:
         """A fault whose place is the line of the key ``at``."""
         return Fault(what=what, where=self.provenance.nearest(tuple(at.split("."))), allowed=allowed, fix=fix)
 
-    def _value(self, key: str) -> str:
+    def say_value(self, key: str) -> str:
         node: Any = self.recipe
         for part in key.split("."):
             node = node.get(part) if isinstance(node, dict) else getattr(node, part)
@@ -126,7 +96,7 @@ def _micro_batches_divide(checked: _Checked, rank_batch: int) -> Iterator[Fault]
 def _data_fit(checked: _Checked) -> Iterator[Fault]:
     """Text is cut into sequences; pictures come in the size that the network takes."""
     recipe, size = checked.recipe, checked.recipe.data.image_size
-    if FITS[recipe.objective.type].modality == "text" and recipe.data.sequence_length is None:
+    if recipe.objective.fit.modality == "text" and recipe.data.sequence_length is None:
         yield checked.fault(
             f"data.sequence_length is missing: objective {recipe.objective.type} trains on sequences of tokens",
             at="data",
@@ -135,20 +105,19 @@ def _data_fit(checked: _Checked) -> Iterator[Fault]:
         )
     for name in recipe.objective.network_names:
         network = recipe.networks.get(name)
-        if isinstance(network, DiTConfig) and size is not None and size != network.image_size:
+        if size is not None and size != getattr(network, "image_size", size):
             yield checked.fault(
                 f"{checked.say('data.image_size', f'networks.{name}.image_size')}: pictures do not fit the network",
                 at="data.image_size",
-                allowed=str(network.image_size),
-                fix=f"set data.image_size={network.image_size}, or change networks.{name}.image_size",
+                allowed=(fitting := checked.say_value(f"networks.{name}.image_size")),
+                fix=f"set data.image_size={fitting}, or change networks.{name}.image_size",
             )
 
 
 def _networks_exist(checked: _Checked) -> Iterator[Fault]:
     """Every network the objective names is there and of a kind it can train; none is left over."""
-    recipe, fit = checked.recipe, FITS[checked.recipe.objective.type]
-    used = recipe.objective.network_names
-    for name in used:
+    recipe, used = checked.recipe, checked.recipe.objective.needs
+    for name, capability in used.items():
         network = recipe.networks.get(name)
         if network is None:
             suggestion = nearest(name, list(recipe.networks)) or next(iter(recipe.networks))
@@ -158,12 +127,13 @@ def _networks_exist(checked: _Checked) -> Iterator[Fault]:
                 allowed=", ".join(recipe.networks),
                 fix=f"name it networks.{name}, or set objective.network={suggestion}",
             )
-        elif network.type not in fit.networks:
+        elif network.type != "trained" and capability not in network.provides:
+            able = _types_that_provide(capability)
             yield checked.fault(
                 f"{checked.say(f'networks.{name}.type')}: objective {recipe.objective.type} cannot train this type",
                 at=f"networks.{name}.type",
-                allowed=", ".join(fit.networks),
-                fix=f"set networks.{name}.type={fit.networks[0]} with its settings, or choose another objective",
+                allowed=", ".join(able),
+                fix=f"set networks.{name}.type={able[0]} with its settings, or choose another objective",
             )
     for name in recipe.networks:
         if name not in used and all(other in recipe.networks for other in used):
@@ -172,6 +142,12 @@ def _networks_exist(checked: _Checked) -> Iterator[Fault]:
                 at=f"networks.{name}",
                 fix=f"remove it (networks.{name}=null)",
             )
+
+
+def _types_that_provide(capability: str) -> list[str]:
+    """The types of networks that an objective may use so."""
+    union, *_ = get_args(NetworkConfig)
+    return [kind.model_fields["type"].default for kind in get_args(union) if capability in kind.provides]
 
 
 def _roles_exist(checked: _Checked) -> Iterator[Fault]:
@@ -187,7 +163,7 @@ def _roles_exist(checked: _Checked) -> Iterator[Fault]:
 
 
 def _sampler_fits(checked: _Checked) -> Iterator[Fault]:
-    recipe, fit = checked.recipe, FITS[checked.recipe.objective.type]
+    recipe, fit = checked.recipe, checked.recipe.objective.fit
     if recipe.sampling is not None and recipe.sampling.type not in fit.samplers:
         yield checked.fault(
             f"{checked.say('sampling.type')} cannot draw from what {checked.say('objective.type')} trains",
@@ -203,7 +179,7 @@ def _guidance_has_null(checked: _Checked) -> Iterator[Fault]:
     if not isinstance(recipe.objective, DenoisingConfig):
         return
     network = recipe.networks.get(recipe.objective.network)
-    labelled = not isinstance(network, DiTConfig) or network.classes > 0
+    labelled = getattr(network, "classes", None) != 0
     guidance = getattr(recipe.sampling, "guidance", None)
     if recipe.objective.label_drop > 0 and not labelled:
         yield checked.fault(
@@ -221,21 +197,24 @@ def _guidance_has_null(checked: _Checked) -> Iterator[Fault]:
 
 
 def _metrics_fit(checked: _Checked) -> Iterator[Fault]:
+    """Metrics of held-out data are the objective's own; those of samples fit whatever draws samples of their kind."""
     recipe = checked.recipe
     if recipe.evaluation is None:
         return
-    fitting = FITS[recipe.objective.type].metrics
+    fit = recipe.objective.fit
+    drawn = tuple(metric_types(needing_samples_of=fit.modality))
     for metric in recipe.evaluation.metrics:
-        if metric not in fitting:
+        if metric.type not in (*fit.metrics, *drawn):
             yield checked.fault(
-                f"evaluation.metrics: {metric} does not apply to objective {recipe.objective.type}",
+                f"evaluation.metrics: {metric.type} does not apply to objective {recipe.objective.type}",
                 at="evaluation.metrics",
-                allowed=", ".join(fitting),
-                fix=f"remove {metric} from the list",
+                allowed=", ".join(dict.fromkeys((*fit.metrics, *drawn))),
+                fix=f"remove {metric.type} from the list",
             )
-    if recipe.sampling is None and (needing := [m for m in recipe.evaluation.metrics if m in SAMPLE_METRICS]):
+    if recipe.sampling is None and recipe.evaluation.sample_metrics:
+        needing = ", ".join(metric.type for metric in recipe.evaluation.sample_metrics)
         yield checked.fault(
-            f"evaluation.metrics has {', '.join(needing)}, which score samples, and there is no sampling section",
+            f"evaluation.metrics has {needing}, which score samples, and there is no sampling section",
             at="evaluation.metrics",
             fix="add a sampling section, or remove these metrics",
         )
@@ -246,14 +225,15 @@ def _labels_for_metrics(checked: _Checked) -> Iterator[Fault]:
     """The feature classifier, and accuracy by class, need labels."""
     recipe, evaluation = checked.recipe, checked.recipe.evaluation
     networks = [recipe.networks[name] for name in recipe.objective.network_names if name in recipe.networks]
-    if evaluation is None or not all(isinstance(network, DiTConfig) and network.classes == 0 for network in networks):
+    if evaluation is None or not all(getattr(network, "classes", None) == 0 for network in networks):
         return
-    if "conditional_accuracy" in evaluation.metrics:
-        yield checked.fault(
-            "evaluation.metrics: conditional_accuracy needs labels, and no network has classes",
-            at="evaluation.metrics",
-            fix="set classes on the network, or remove conditional_accuracy",
-        )
+    for metric in evaluation.metrics:
+        if "labels" in metric.needs:
+            yield checked.fault(
+                f"evaluation.metrics: {metric.type} needs labels, and no network has classes",
+                at="evaluation.metrics",
+                fix=f"set classes on the network, or remove {metric.type}",
+            )
 
 
 def _engines_fit(checked: _Checked) -> Iterator[Fault]:

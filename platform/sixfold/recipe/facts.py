@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from sixfold.models.dit.config import DiTConfig
 from sixfold.recipe.recipe import Recipe
 
 
 def tokens_per_sample(recipe: Recipe) -> int | None:
     """Tokens one sample occupies in the objective's first network; None where that is unknown."""
-    network = recipe.networks[recipe.objective.network_names[0]]
-    return network.tokens if isinstance(network, DiTConfig) else recipe.data.sequence_length
+    network = recipe.networks.get(recipe.objective.network_names[0])
+    return (None if network is None else network.tokens) or recipe.data.sequence_length
 
 
 def derived_facts(recipe: Recipe, world_size: int) -> dict[str, int | str]:

@@ -23,6 +23,7 @@ from sixfold.engine.config import (
 from sixfold.evaluation.config import EvaluationConfig
 from sixfold.models.dit.config import DiTConfig
 from sixfold.models.moe_transformer.config import MoETransformerConfig
+from sixfold.models.trained.config import TrainedConfig
 from sixfold.objectives.denoising.config import DenoisingConfig
 from sixfold.objectives.next_token.config import NextTokenConfig
 from sixfold.recipe.train import TrainConfig
@@ -30,7 +31,7 @@ from sixfold.samplers.config import SamplingConfig
 from sixfold.tracking.config import MLflowConfig, TrackingConfig
 from sixfold_data.config import DataConfig
 
-NetworkConfig = Annotated[MoETransformerConfig | DiTConfig, Field(discriminator="type")]
+NetworkConfig = Annotated[MoETransformerConfig | DiTConfig | TrainedConfig, Field(discriminator="type")]
 """Every network a recipe may name; a new one is added here."""
 
 ObjectiveConfig = Annotated[DenoisingConfig | NextTokenConfig, Field(discriminator="type")]

@@ -9,30 +9,33 @@ from pydantic import JsonValue
 from sixfold.checkpoint.checkpointer import Checkpointer
 from sixfold.checkpoint.ranks import new_group
 from sixfold.distributed.process_group import World
-from sixfold.engine.build import build_engine
-from sixfold.engine.contract import Engine
+from sixfold.models.trained.network import TrainedNetwork
 from sixfold.objectives.contract import Objective, Progress
 from sixfold.recipe.recipe import Recipe
+from sixfold.recipe.trained import resolve_networks
 from sixfold.train.loop import Training
+from sixfold.train.roles import build_roles, checkpoint_of, tracked_roles
 from sixfold_data.describe import describe
 from sixfold_data.stream import TrainStream
 
 
 def assemble(recipe: Recipe, world: World, *, quarantine: Path | None = None) -> Training:
     """Build everything that trains, fresh, with the stream at its beginning."""
-    objective: Objective = recipe.objective.load()(recipe.objective, recipe.networks)
-    trainable = [role for role, part in objective.roles.items() if part.kind == "trainable"]
+    networks = resolve_networks(recipe)
+    objective: Objective = recipe.objective.load()(recipe.objective, networks)
+    parts = build_roles(recipe, objective, networks, world)
     local_batch = recipe.data.global_batch // world.size
     return Training(
         objective=objective,
-        engines={role: _engine(recipe, objective, role, world) for role in trainable},
-        frozen={},
+        engines=parts.engines,
+        companions=parts.companions,
+        tracked=tracked_roles(objective),
         stream=open_stream(recipe, world, samples=0, quarantine=quarantine),
         progress=progress_at(recipe, samples=0),
         device=world.device,
         seed=recipe.seed,
         global_batch=recipe.data.global_batch,
-        micro_batch={role: recipe.engine_of(role).micro_batch or local_batch for role in trainable},
+        micro_batch={role: recipe.engine_of(role).micro_batch or local_batch for role in parts.engines},
         max_consecutive_skips=recipe.train.max_consecutive_skips,
     )
 
@@ -73,6 +76,10 @@ def identity_of(recipe: Recipe) -> dict[str, JsonValue]:
 
     Engines, learning rates, lengths and intervals may change when a run is resumed.
     """
+    networks = {
+        name: _identity_of_trained(network) if isinstance(network, TrainedNetwork) else network.model_dump(mode="json")
+        for name, network in resolve_networks(recipe).items()
+    }
     settings: dict[str, JsonValue] = {
         "seed": recipe.seed,
         "data.global_batch": recipe.data.global_batch,
@@ -82,18 +89,10 @@ def identity_of(recipe: Recipe) -> dict[str, JsonValue]:
         "optimizer.type": recipe.optimizer.type,
         "train.ema_decay": recipe.train.ema_decay,
     }
-    return settings | {f"networks.{name}": part.model_dump(mode="json") for name, part in recipe.networks.items()}
+    return settings | {f"networks.{name}": network for name, network in networks.items()}
 
 
-def _engine(recipe: Recipe, objective: Objective, role: str, world: World) -> Engine:
-    return build_engine(
-        recipe.engine_of(role),
-        recipe.optimizer_of(role),
-        recipe.schedule_of(role),
-        network_config=recipe.networks[objective.roles[role].network],
-        role=role,
-        seed=recipe.seed,
-        total_steps=recipe.train.steps,
-        ema_decay=recipe.train.ema_decay,
-        world=world,
-    )
+def _identity_of_trained(network: TrainedNetwork) -> JsonValue:
+    """Which weights of another run are meant: training on with others would be another experiment."""
+    candidate = checkpoint_of(network)
+    return {"run": candidate.manifest.identity.recipe_hash, "role": network.role, "step": candidate.step}

@@ -19,6 +19,7 @@ from sixfold.evaluation.features import LabelledImages
 from sixfold.evaluation.images import SAMPLE_METRICS, ImageScores
 from sixfold.objectives.contract import Networks, Objective, Sum, add_sums, means_of
 from sixfold.recipe.recipe import Recipe
+from sixfold.recipe.trained import resolve_networks
 from sixfold.samplers.contract import Sampler, SampleRequest
 from sixfold.train.samples import Samples, conditions_of, draw
 from sixfold_data.describe import describe
@@ -51,7 +52,7 @@ class Evaluator:
         )
         self._sampler: Sampler | None = None
         if recipe.sampling is not None:
-            self._sampler = recipe.sampling.load()(recipe.sampling, recipe.objective, recipe.networks)
+            self._sampler = recipe.sampling.load()(recipe.sampling, recipe.objective, resolve_networks(recipe))
         self._scores_samples = any(metric in SAMPLE_METRICS for metric in self.config.metrics)
         self._scores: ImageScores | None = None
 

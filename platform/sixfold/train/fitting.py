@@ -3,12 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Protocol, runtime_checkable
 
 from sixfold.errors import Fault, RecipeError
-from sixfold.models.dit.config import DiTConfig
-from sixfold.models.moe_transformer.config import MoETransformerConfig
+from sixfold.models.trained.network import architecture_of
 from sixfold.recipe.recipe import Recipe
+from sixfold.recipe.trained import resolve_networks
 from sixfold_data.describe import DataInfo
+
+
+@runtime_checkable
+class TakesImages(Protocol):
+    """Settings of a network that reads square images of the data set; ``classes`` too if it reads labels."""
+
+    @property
+    def image_size(self) -> int:
+        """Height and width in pixels."""
+        ...
+
+    @property
+    def channels(self) -> int:
+        """Channels of the images."""
+        ...
+
+
+@runtime_checkable
+class TakesTokens(Protocol):
+    """Settings of a network that reads tokens of a text data set."""
+
+    @property
+    def vocab_size(self) -> int:
+        """How many different tokens it knows."""
+        ...
 
 
 def check_data_fits(recipe: Recipe, info: DataInfo) -> None:
@@ -18,11 +44,12 @@ def check_data_fits(recipe: Recipe, info: DataInfo) -> None:
         RecipeError: with every fault.
     """
     faults = [*_splits_exist(recipe, info)]
+    networks = resolve_networks(recipe)
     for name in recipe.objective.network_names:
-        network = recipe.networks[name]
-        if isinstance(network, DiTConfig):
+        network: object = architecture_of(networks[name])
+        if isinstance(network, TakesImages):
             faults += _image_faults(name, network, info)
-        if isinstance(network, MoETransformerConfig):
+        if isinstance(network, TakesTokens):
             faults += _text_faults(name, network, info)
     if faults:
         raise RecipeError(*faults)
@@ -42,10 +69,13 @@ def _splits_exist(recipe: Recipe, info: DataInfo) -> Iterator[Fault]:
             )
 
 
-def _image_faults(name: str, network: DiTConfig, info: DataInfo) -> Iterator[Fault]:
+def _image_faults(name: str, network: TakesImages, info: DataInfo) -> Iterator[Fault]:
     if info.kind == "text":
         yield _fault(
-            f"networks.{name}.type", network.type, "text", "train a language model on it: objective.type=next_token"
+            f"networks.{name}",
+            "a network for images",
+            "text",
+            "train a language model on it: objective.type=next_token",
         )
         return
     if info.image_size != (network.image_size, network.image_size):
@@ -57,15 +87,16 @@ def _image_faults(name: str, network: DiTConfig, info: DataInfo) -> Iterator[Fau
     if info.channels != network.channels:
         key = f"networks.{name}.channels"
         yield _fault(key, network.channels, f"{info.channels} channels", f"set {key}={info.channels}")
-    if network.classes not in (0, len(info.classes)):
+    classes: int = getattr(network, "classes", 0)
+    if classes not in (0, len(info.classes)):
         key = f"networks.{name}.classes"
-        yield _fault(key, network.classes, f"{len(info.classes)} classes", f"set {key}={len(info.classes)}")
+        yield _fault(key, classes, f"{len(info.classes)} classes", f"set {key}={len(info.classes)}")
 
 
-def _text_faults(name: str, network: MoETransformerConfig, info: DataInfo) -> Iterator[Fault]:
+def _text_faults(name: str, network: TakesTokens, info: DataInfo) -> Iterator[Fault]:
     if info.kind != "text":
         yield _fault(
-            f"networks.{name}.type", network.type, info.kind, "train a denoiser on it: objective.type=denoising"
+            f"networks.{name}", "a language model", info.kind, "train a denoiser on it: objective.type=denoising"
         )
     elif info.vocabulary_size is not None and network.vocab_size < info.vocabulary_size:
         key = f"networks.{name}.vocab_size"

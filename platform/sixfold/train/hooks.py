@@ -139,7 +139,7 @@ class Checkpoint:
         # A state that no longer takes steps is not one to go back to; an ending run saves whatever it has.
         ending = record.stop_requested or progress.step == progress.total_steps
         if ending or (due(progress.step, self.every_steps, progress.total_steps) and not record.skipped):
-            states = {role: engine.checkpoint_state() for role, engine in training.engines.items()}
+            states = {role: part.checkpoint_state() for role, part in training.saved.items()}
             extra = SavedExtra(samples=progress.samples, data=training.stream.state())
             report = self.checkpointer.save(progress.step, states, extra.model_dump(mode="json"))
             self.log.add({"ckpt/stall_s": report.stall_s})

@@ -11,16 +11,18 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from sixfold.checkpoint.export import export_safetensors, read_parameters
+from sixfold.checkpoint.export import export_safetensors
 from sixfold.checkpoint.verification import Candidate, newest_verified
 from sixfold.distributed.process_group import World
 from sixfold.errors import UserError
-from sixfold.models.network import reset_buffers
+from sixfold.models.trained.network import NetworksConfig
 from sixfold.objectives.contract import Objective
 from sixfold.recipe.load import load_recipe
 from sixfold.recipe.recipe import Recipe
+from sixfold.recipe.trained import resolve_networks
 from sixfold.samplers.contract import Sampler, SampleRequest
 from sixfold.train.evaluator import Evaluator
+from sixfold.train.roles import load_networks
 from sixfold.train.run_folder import RunFolder
 from sixfold.train.samples import Samples, conditions_of, draw
 from sixfold_data.describe import describe
@@ -36,6 +38,7 @@ class Trained:
     recipe: Recipe
     candidate: Candidate
     objective: Objective
+    settings: NetworksConfig
     networks: Mapping[str, nn.Module]
     device: torch.device
 
@@ -60,16 +63,14 @@ def load_trained(run: Path) -> Trained:
     folder = RunFolder(run)
     recipe = load_recipe(folder.recipe).recipe
     candidate = _newest(folder)
-    objective: Objective = recipe.objective.load()(recipe.objective, recipe.networks)
+    settings = resolve_networks(recipe)
+    objective: Objective = recipe.objective.load()(recipe.objective, settings)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    networks = {}
-    for role, part in objective.roles.items():
-        network: nn.Module = recipe.networks[part.network].load()(recipe.networks[part.network])
-        reset_buffers(network)
-        parameters = read_parameters(candidate, role, averaged=recipe.train.ema_decay is not None)
-        network.load_state_dict(parameters)
-        networks[role] = network.to(device).eval().requires_grad_(False)
-    return Trained(recipe=recipe, candidate=candidate, objective=objective, networks=networks, device=device)
+    averaged = recipe.train.ema_decay is not None
+    networks = load_networks(objective, settings, candidate, averaged=averaged, device=device)
+    return Trained(
+        recipe=recipe, candidate=candidate, objective=objective, settings=settings, networks=networks, device=device
+    )
 
 
 def sample_run(
@@ -86,7 +87,7 @@ def sample_run(
         raise UserError.of("the run's recipe has no sampling section", where=str(run), fix="add one and resume the run")
     info = describe(recipe.data)
     conditions = conditions_of(recipe, info, count, label=label, prompt=prompt)
-    sampler: Sampler = recipe.sampling.load()(recipe.sampling, recipe.objective, recipe.networks)
+    sampler: Sampler = recipe.sampling.load()(recipe.sampling, recipe.objective, trained.settings)
     request = SampleRequest(seed=seed, numbers=torch.arange(count), conditions=conditions, steps=steps)
     fields = draw(sampler, trained.networks, request, batch=_BATCH, device=trained.device)
     samples = Samples(fields=fields, conditions=conditions, info=info)

@@ -8,15 +8,17 @@ evaluation, checkpoints) is a hook.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sixfold.distributed.collectives import sum_over_ranks
 from sixfold.distributed.randomness import PositionRandom
+from sixfold.engine.companion import Companion
 from sixfold.engine.contract import Engine, StepReport
 from sixfold.errors import TrainingError
 from sixfold.objectives.contract import Batch, LossTerms, Networks, Objective, Phase, Progress, Sum, add_sums, means_of
@@ -29,7 +31,8 @@ class Training:
 
     objective: Objective
     engines: Mapping[str, Engine]
-    frozen: Mapping[str, nn.Module]
+    companions: Mapping[str, Companion]  # frozen and tracking roles
+    tracked: Mapping[str, Sequence[str]]  # by trainable role: the roles that track it
     stream: TrainStream
     progress: Progress
     device: torch.device
@@ -42,12 +45,41 @@ class Training:
     @property
     def networks(self) -> Networks:
         """Networks by role, wrapped, as objectives call them."""
-        return {**{role: engine.module for role, engine in self.engines.items()}, **self.frozen}
+        return {**{role: engine.module for role, engine in self.engines.items()}, **self._companion_networks}
 
     @property
     def bare_networks(self) -> Networks:
         """Networks by role without their wrappers, for updates of buffers."""
-        return {**{role: engine.network for role, engine in self.engines.items()}, **self.frozen}
+        return {**{role: engine.network for role, engine in self.engines.items()}, **self._companion_networks}
+
+    @property
+    def saved(self) -> dict[str, Engine | Companion]:
+        """What checkpoints hold, by role."""
+        return {**self.engines, **{role: part for role, part in self.companions.items() if part.is_saved}}
+
+    @contextmanager
+    def networks_in(self, phase: Phase) -> Iterator[Networks]:
+        """Networks by role as one phase calls them: gradients reach the parameters of the roles it trains alone."""
+        with ExitStack() as untrained:
+            yield {
+                **{
+                    role: engine.module if role in phase.trains else untrained.enter_context(engine.untrained())
+                    for role, engine in self.engines.items()
+                },
+                **self._companion_networks,
+            }
+
+    def close(self) -> None:
+        """Release the stream and every network."""
+        self.stream.close()
+        for companion in self.companions.values():
+            companion.close()
+        for engine in self.engines.values():
+            engine.close()
+
+    @property
+    def _companion_networks(self) -> Networks:
+        return {role: companion.network for role, companion in self.companions.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,9 +132,12 @@ def train_step(training: Training, batch: Batch, stop_requested: bool = False) -
     statistics: dict[str, Tensor] = {}
     stop = torch.tensor(float(stop_requested), device=training.device)
     for phase in training.objective.phases(training.progress):
-        engine = training.engines[phase.trains]
-        totals = _accumulate(training, engine, batch, phase).over_ranks(stop)
-        reports[phase.name] = engine.step(totals.count, finite=torch.isfinite(totals.loss))
+        totals = _accumulate(training, batch, phase).over_ranks(stop)
+        for role in phase.trains:
+            report = training.engines[role].step(totals.count, finite=torch.isfinite(totals.loss))
+            reports[phase.name if len(phase.trains) == 1 else f"{phase.name}/{role}"] = report
+            for follower in () if report.skipped else training.tracked.get(role, ()):
+                training.companions[follower].update()
         prefix = "" if phase.name == "main" else f"{phase.name}/"
         metrics |= {f"{prefix}{name}": value for name, value in totals.means().items()}
         statistics |= totals.statistics
@@ -167,13 +202,18 @@ class _Totals:
         return means_of({"loss": Sum(self.loss, self.count), **self.metrics})
 
 
-def _accumulate(training: Training, engine: Engine, batch: Batch, phase: Phase) -> _Totals:
+def _accumulate(training: Training, batch: Batch, phase: Phase) -> _Totals:
+    """Sum the losses of the rank's micro-batches, and their gradients in the engines of the roles that train."""
+    engines = [training.engines[role] for role in phase.trains]
     zero = torch.zeros((), dtype=torch.float64, device=training.device)
     totals = _Totals(loss=zero, count=zero, stop=zero)
-    micro_batches = list(batch.split(training.micro_batch[phase.trains]))
-    for index, micro in enumerate(micro_batches):
-        with engine.accumulate(last=index == len(micro_batches) - 1):
-            terms = training.objective(training.networks, micro, phase, PositionRandom(training.seed, micro.positions))
-            engine.backward(terms.loss)
-        totals.add(terms)
+    micro_batches = list(batch.split(min(training.micro_batch[role] for role in phase.trains)))
+    with training.networks_in(phase) as networks:
+        for index, micro in enumerate(micro_batches):
+            with ExitStack() as accumulating:
+                for engine in engines:
+                    accumulating.enter_context(engine.accumulate(last=index == len(micro_batches) - 1))
+                terms = training.objective(networks, micro, phase, PositionRandom(training.seed, micro.positions))
+                engines[0].backward(terms.loss)  # one pass through all networks; each engine's hooks see its own
+            totals.add(terms)
     return totals

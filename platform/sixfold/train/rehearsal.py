@@ -9,10 +9,13 @@ from torch import Tensor, nn
 
 from sixfold.distributed.randomness import PositionRandom
 from sixfold.engine.rehearsal import BatchFields, Rehearsal, rehearse
-from sixfold.models.dit.config import DiTConfig
-from sixfold.objectives.contract import Batch, Objective, Phase
+from sixfold.models.settings import SampleLengths
+from sixfold.models.trained.network import NetworksConfig, architecture_of
+from sixfold.objectives.contract import Batch, Objective, Phase, Progress
 from sixfold.recipe.checks import check_recipe
 from sixfold.recipe.recipe import Recipe
+from sixfold.recipe.trained import resolve_networks
+from sixfold.train.roles import names_of, settings_of
 
 _EAGER_CHECKPOINTING = {"budget": {"activation_checkpointing": "full", "activation_memory_budget": None}}
 """What stands in for a mode that only the compiler has."""
@@ -27,42 +30,50 @@ def rehearse_recipe(recipe: Recipe, world_size: int) -> dict[str, Rehearsal]:
         RecipeError: the recipe does not fit that many ranks.
     """
     check_recipe(recipe, world_size)
-    objective: Objective = recipe.objective.load()(recipe.objective, recipe.networks)
+    networks = resolve_networks(recipe, planning=True)
+    objective: Objective = recipe.objective.load()(recipe.objective, networks)
     return {
-        role: _rehearse_role(recipe, objective, role, world_size)
-        for role, part in objective.roles.items()
-        if part.kind == "trainable"
+        role: _rehearse_role(recipe, objective, networks, role, world_size) for role in names_of(objective, "trainable")
     }
 
 
-def _rehearse_role(recipe: Recipe, objective: Objective, role: str, world_size: int) -> Rehearsal:
+def _rehearse_role(
+    recipe: Recipe, objective: Objective, networks: NetworksConfig, role: str, world_size: int
+) -> Rehearsal:
     rank_batch = recipe.data.global_batch // world_size
     engine = recipe.engine_of(role)
+    phase = _phase_that_trains(objective, role, recipe.train.steps)
 
-    def loss(network: nn.Module, fields: Mapping[str, Tensor]) -> Tensor:
+    def loss(network: nn.Module, others: Mapping[str, nn.Module], fields: Mapping[str, Tensor]) -> Tensor:
         positions = torch.arange(len(next(iter(fields.values()))))
         random = PositionRandom(recipe.seed, positions)
-        terms = objective({role: network}, Batch(fields, positions), Phase(name="main", trains=role), random)
-        return terms.loss
+        return objective({**others, role: network}, Batch(fields, positions), phase, random).loss
 
     return rehearse(
-        recipe.networks[objective.roles[role].network],
+        settings_of(networks, objective.roles[role]),
         # Compilation changes no shape, and fake tensors cannot pass through compiled code.
         engine.model_copy(update={"compile": False, **_EAGER_CHECKPOINTING.get(engine.activation_checkpointing, {})}),
         recipe.optimizer_of(role),
-        batch_fields=batch_fields(recipe, min(engine.micro_batch or rank_batch, rank_batch)),
+        batch_fields=batch_fields(recipe, networks, min(engine.micro_batch or rank_batch, rank_batch)),
         loss=loss,
         world_size=world_size,
         averaged=recipe.train.ema_decay is not None,
+        others={name: settings_of(networks, part) for name, part in objective.roles.items() if name != role},
     )
 
 
-def batch_fields(recipe: Recipe, samples: int) -> BatchFields:
+def _phase_that_trains(objective: Objective, role: str, total_steps: int) -> Phase:
+    """A phase that trains the role, late in training, when every term has begun."""
+    late = range(total_steps - 1, -1, -1)
+    plans = (objective.phases(Progress(samples=0, step=step, total_steps=total_steps)) for step in late)
+    return next(phase for phases in plans for phase in phases if role in phase.trains)
+
+
+def batch_fields(recipe: Recipe, networks: NetworksConfig, samples: int) -> BatchFields:
     """Shapes and types of the fields that ``samples`` samples of the recipe have."""
-    network = recipe.networks[recipe.objective.network_names[0]]
-    if isinstance(network, DiTConfig):
-        image = ((samples, network.channels, network.image_size, network.image_size), torch.float32)
-        return {"image": image} | ({"label": ((samples,), torch.int64)} if network.classes else {})
-    assert recipe.data.sequence_length is not None, "the recipe's checks require it of text"
-    tokens = ((samples, recipe.data.sequence_length + 1), torch.int64)
-    return {"tokens": tokens, "documents": tokens}
+    lengths = SampleLengths(recipe.data.sequence_length, recipe.data.caption_length)
+    fields: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    for network in map(architecture_of, networks.values()):
+        for name, field in network.inputs(lengths).items():
+            fields[name] = ((samples, *field.shape), getattr(torch, field.dtype))
+    return fields

@@ -117,11 +117,11 @@ class Job:
         candidate = self.checkpointer.newest_verified(note)
         if candidate is None:
             return False
-        engines = self.training.engines
-        templates = {role: engine.checkpoint_template() for role, engine in engines.items()}
+        parts = self.training.saved
+        templates = {role: part.checkpoint_template() for role, part in parts.items()}
         extra = self.checkpointer.load(candidate, templates)
-        for role, engine in engines.items():
-            engine.load_checkpoint_state(templates[role])
+        for role, part in parts.items():
+            part.load_checkpoint_state(templates[role])
         saved = SavedExtra.model_validate(extra)
         self.training.stream.check_state(saved.data)
         self.training.stream.close()
@@ -203,9 +203,7 @@ class Job:
     def close(self) -> None:
         """Release everything that communicates or holds tensors, so that the job can be left cleanly."""
         self.checkpointer.close()
-        self.training.stream.close()
-        for engine in self.training.engines.values():
-            engine.close()
+        self.training.close()
 
 
 def _keep_freed_memory() -> None:

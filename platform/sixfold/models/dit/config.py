@@ -6,13 +6,15 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from sixfold.config.base import Component
+from sixfold.models.settings import Capability, NetworkSettings, SampleLengths
+from sixfold.models.settings import Field as BatchField
 
 
-class DiTConfig(Component):
+class DiTConfig(NetworkSettings):
     """Diffusion transformer over square images or latents, conditioned on time and, with ``classes``, on a label."""
 
     implementation: ClassVar[str] = "sixfold.models.dit.model:DiT"
+    provides: ClassVar[frozenset[Capability]] = frozenset({"denoiser"})
 
     type: Literal["dit"] = "dit"
     image_size: int = Field(ge=1, description="Height and width of the images or latents.")
@@ -33,6 +35,11 @@ class DiTConfig(Component):
     def null_values(self) -> dict[str, int]:
         """The value of each condition that stands for its absence (label drop, guidance)."""
         return {"label": self.classes} if self.classes else {}
+
+    def inputs(self, lengths: SampleLengths) -> dict[str, BatchField]:
+        """Images, and labels where there are classes."""
+        image = BatchField((self.channels, self.image_size, self.image_size), "float32")
+        return {"image": image} | ({"label": BatchField((), "int64")} if self.classes else {})
 
     @property
     def tokens(self) -> int:

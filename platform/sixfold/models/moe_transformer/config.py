@@ -6,7 +6,9 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from sixfold.config.base import Component, Config
+from sixfold.config.base import Config
+from sixfold.models.settings import Capability, NetworkSettings, SampleLengths
+from sixfold.models.settings import Field as BatchField
 
 _ALIGNMENT = 8
 """Grouped matrix products need rows of a multiple of 16 bytes: eight bf16 elements."""
@@ -48,10 +50,11 @@ class ExpertsConfig(Config):
         return self
 
 
-class MoETransformerConfig(Component):
+class MoETransformerConfig(NetworkSettings):
     """Decoder-only transformer: RMSNorm, RoPE, grouped-query attention, SwiGLU, optionally routed experts."""
 
     implementation: ClassVar[str] = "sixfold.models.moe_transformer.model:MoETransformer"
+    provides: ClassVar[frozenset[Capability]] = frozenset({"language_model"})
 
     type: Literal["moe_transformer"] = "moe_transformer"
     vocab_size: int = Field(ge=2, description="Number of different tokens.")
@@ -75,6 +78,12 @@ class MoETransformerConfig(Component):
         description="Whether every branch's last projection starts at zero, so that blocks start as identity.",
     )
     init_scale: float = Field(default=0.02, gt=0, description="Standard deviation of the initial weights.")
+
+    def inputs(self, lengths: SampleLengths) -> dict[str, BatchField]:
+        """Tokens and the documents they belong to, one more than are predicted."""
+        assert lengths.sequence_length is not None, "the recipe's checks require it of text"
+        sequence = BatchField((lengths.sequence_length + 1,), "int64")
+        return {"tokens": sequence, "documents": sequence}
 
     @property
     def key_value_heads(self) -> int:

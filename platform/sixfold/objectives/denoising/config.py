@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from sixfold.config.base import Component
+from sixfold.models.settings import Capability
+from sixfold.objectives.settings import Fit, ObjectiveSettings
 from sixfold.paths.config import (
     PathConfig,
     Prediction,
@@ -18,10 +20,16 @@ from sixfold.paths.config import (
 )
 
 
-class DenoisingConfig(Component):
+class DenoisingConfig(ObjectiveSettings):
     """Diffusion and flow matching: path x prediction x time distribution x weighting."""
 
     implementation: ClassVar[str] = "sixfold.objectives.denoising.objective:Denoising"
+    fit: ClassVar[Fit] = Fit(
+        modality="image",
+        samplers=("euler", "heun"),
+        metrics=("loss", "fd", "kid", "nearest_neighbour", "conditional_accuracy"),
+    )
+
     type: Literal["denoising"] = Field("denoising", description="Learn to undo the noise of a probability path.")
     network: str = Field("denoiser", min_length=1, description="Name in `networks` of the denoiser.")
     path: PathConfig = Field(RectifiedFlowConfig(), description="How data becomes noise.")
@@ -39,11 +47,11 @@ class DenoisingConfig(Component):
     )
 
     @property
-    def network_names(self) -> tuple[str, ...]:
-        """The names in `networks` that this objective uses."""
-        return (self.network,)
+    def needs(self) -> Mapping[str, Capability]:
+        """The denoiser."""
+        return {self.network: "denoiser"}
 
     @property
-    def role_names(self) -> tuple[str, ...]:
-        """The roles this objective defines; `roles.<role>` in a recipe overrides their settings."""
-        return ("denoiser",)
+    def trains(self) -> Mapping[str, str]:
+        """One role, `denoiser`."""
+        return {"denoiser": self.network}

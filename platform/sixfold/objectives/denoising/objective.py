@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sixfold.distributed.randomness import PositionRandom
 from sixfold.errors import DataError, RecipeError
+from sixfold.models.trained.network import TrainedNetwork
 from sixfold.objectives.contract import Batch, LossTerms, Networks, Phase, Progress, Role, Sum
 from sixfold.objectives.denoising.config import DenoisingConfig
 from sixfold.objectives.stratification import stratified_quantiles
@@ -43,6 +44,7 @@ class DenoiserConfig(Protocol):
 def denoiser_config(networks_config: Mapping[str, object], name: str) -> DenoiserConfig:
     """Return the named network's settings; raises RecipeError where it is missing or cannot denoise."""
     config = networks_config.get(name)
+    config = config.architecture if isinstance(config, TrainedNetwork) else config
     if not isinstance(config, DenoiserConfig):
         denoisers = [key for key, value in networks_config.items() if isinstance(value, DenoiserConfig)]
         raise RecipeError.of(
@@ -77,7 +79,7 @@ class Denoising:
 
     def phases(self, progress: Progress) -> Sequence[Phase]:
         """One phase: the denoiser trains at every step."""
-        return (Phase(name="main", trains="denoiser"),)
+        return (Phase(name="main", trains=("denoiser",)),)
 
     def __call__(self, nets: Networks, batch: Batch, phase: Phase, random: PositionRandom) -> LossTerms:
         """Return the weighted squared error at random times, with each condition dropped at random."""

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from sixfold.config.base import Component
+from sixfold.models.settings import Capability
+from sixfold.objectives.settings import Fit, ObjectiveSettings
 
 
-class NextTokenConfig(Component):
+class NextTokenConfig(ObjectiveSettings):
     """Autoregressive cross-entropy, with the auxiliary losses of a mixture of experts."""
 
     implementation: ClassVar[str] = "sixfold.objectives.next_token.objective:NextToken"
+    fit: ClassVar[Fit] = Fit(modality="text", samplers=("autoregressive",), metrics=("loss", "bits_per_byte"))
+
     type: Literal["next_token"] = Field("next_token", description="Predict each token from those before it.")
     network: str = Field("lm", min_length=1, description="Name in `networks` of the language model.")
     z_weight: float = Field(
@@ -29,11 +33,11 @@ class NextTokenConfig(Component):
     )
 
     @property
-    def network_names(self) -> tuple[str, ...]:
-        """The names in `networks` that this objective uses."""
-        return (self.network,)
+    def needs(self) -> Mapping[str, Capability]:
+        """The language model."""
+        return {self.network: "language_model"}
 
     @property
-    def role_names(self) -> tuple[str, ...]:
-        """The roles this objective defines; `roles.<role>` in a recipe overrides their settings."""
-        return ("lm",)
+    def trains(self) -> Mapping[str, str]:
+        """One role, `lm`."""
+        return {"lm": self.network}

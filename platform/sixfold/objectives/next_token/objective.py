@@ -38,7 +38,7 @@ class NextToken:
 
     def phases(self, progress: Progress) -> Sequence[Phase]:
         """One phase: the language model trains at every step."""
-        return (Phase(name="main", trains="lm"),)
+        return (Phase(name="main", trains=("lm",)),)
 
     def __call__(self, nets: Networks, batch: Batch, phase: Phase, random: PositionRandom) -> LossTerms:
         """Return the summed loss over predicted tokens; nothing in it is random."""

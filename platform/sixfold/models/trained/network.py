@@ -1,0 +1,40 @@
+"""What a network from another run is, once that run's own recipe has been read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from sixfold.config.base import Component
+from sixfold.models.settings import NetworkSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedNetwork:
+    """One role of another run.
+
+    Attributes:
+        architecture: the network's own settings.
+        objective: what it was trained for, with its path and prediction.
+        run: that run's folder; None where only a recipe is known (dry runs and plans).
+        role: which of that run's roles.
+        averaged: whether its averaged weights are meant.
+        step: the step whose checkpoint is meant; None is the newest.
+    """
+
+    architecture: NetworkSettings
+    objective: Component
+    run: Path | None
+    role: str
+    averaged: bool
+    step: int | None = None
+
+
+NetworksConfig = Mapping[str, NetworkSettings | TrainedNetwork]
+"""What objectives and samplers get: by name in the recipe, a network's settings or whose weights it takes."""
+
+
+def architecture_of(network: NetworkSettings | TrainedNetwork) -> NetworkSettings:
+    """Return a network's own settings, whoever trained it."""
+    return network.architecture if isinstance(network, TrainedNetwork) else network
