@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import torch
 from torch import Tensor
 
@@ -13,3 +15,8 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     """
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def full_precision(x: Tensor) -> AbstractContextManager[None]:
+    """Context in which autocast is off on the device of ``x``, for what reduced precision would spoil."""
+    return torch.autocast(x.device.type, enabled=False)
