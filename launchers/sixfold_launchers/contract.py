@@ -36,6 +36,9 @@ State = Literal["submitting", "pending", "running", "finished", "interrupted", "
 ENDED: frozenset[State] = frozenset({"finished", "failed", "cancelled", "lost"})
 """States that a job does not leave by itself."""
 
+INTERRUPTED = 75
+"""Exit code of a job that saved and ended before its last step (EX_TEMPFAIL of sysexits.h): requeue it."""
+
 OUTCOME = "outcome"
 """File in a run folder with how its last attempt ended (``finished``, ``interrupted``), for shell scripts to read."""
 
@@ -63,6 +66,7 @@ class JobSpec:
         job_id: our own id, unique in the book and usable as a name on any cluster (``[a-z0-9-]``).
         folder: absolute folder of the job: the submission's files, logs. Every node sees it.
         runs: one run, or the runs of a sweep in array order.
+        directory: absolute working directory of every rank: paths in recipes are relative to it.
         python: absolute interpreter on the nodes.
         code: absolute folder of the code snapshot; None runs the installed package.
     """
@@ -70,6 +74,7 @@ class JobSpec:
     job_id: str
     folder: Path
     runs: tuple[RunSpec, ...]
+    directory: Path
     python: str
     code: Path | None = None
 

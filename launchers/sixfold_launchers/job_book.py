@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from sixfold.config.schema import nearest
 from sixfold.errors import EnvironmentFault, SixfoldError, UserError
@@ -177,17 +178,21 @@ def _to_json(job: JobRecord) -> str:
 
 def _from_json(text: str) -> JobRecord:
     plain = json.loads(text)
-    spec = plain["spec"]
-    runs = tuple(
-        RunSpec(folder=Path(run["folder"]), recipe=run["recipe"], overrides=tuple(run["overrides"]))
-        for run in spec["runs"]
-    )
-    code = None if spec["code"] is None else Path(spec["code"])
     return JobRecord(
         **{
             **plain,
             "profile": profile_of(plain["profile"]),
-            "spec": JobSpec(**{**spec, "folder": Path(spec["folder"]), "runs": runs, "code": code}),
+            "spec": _spec(plain["spec"]),
             "nodes": tuple(plain["nodes"]),
         }
     )
+
+
+def _spec(plain: dict[str, Any]) -> JobSpec:
+    runs = tuple(
+        RunSpec(folder=Path(run["folder"]), recipe=run["recipe"], overrides=tuple(run["overrides"]))
+        for run in plain["runs"]
+    )
+    code = None if plain["code"] is None else Path(plain["code"])
+    paths = {"folder": Path(plain["folder"]), "directory": Path(plain["directory"]), "code": code}
+    return JobSpec(**{**plain, **paths, "runs": runs})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import platform
 import shlex
@@ -44,6 +45,9 @@ VARIABLES = (
     "SLURM_RESTART_COUNT",
     "WORLD_SIZE",
 )
+SNAPSHOT_RECORD = ".snapshot.json"
+"""File at the root of a code snapshot, which has no git folder, that says what the code is."""
+
 _GIT_TIMEOUT_S = 10.0
 
 
@@ -103,7 +107,7 @@ class Environment:
 def collect_environment() -> Environment:
     """Describe this process's environment; takes some tens of milliseconds (two git calls)."""
     return Environment(
-        git=git_state(Path(__file__).parent) or git_state(Path.cwd()),
+        git=_snapshot_state() or git_state(Path(__file__).parent) or git_state(Path.cwd()),
         python=platform.python_version(),
         packages=_versions(),
         host=socket.gethostname(),
@@ -113,6 +117,15 @@ def collect_environment() -> Environment:
         command=redact(shlex.join(sys.argv)),
         variables={name: os.environ[name] for name in VARIABLES if name in os.environ},
     )
+
+
+def _snapshot_state() -> GitState | None:
+    """What a launcher recorded of the snapshot that this code lies in, if it lies in one."""
+    path = Path(__file__).resolve().parents[3] / SNAPSHOT_RECORD
+    if not path.is_file():
+        return None
+    record = json.loads(path.read_text())
+    return GitState(**{name: record[name] for name in ("commit", "dirty", "difference_sha256")})
 
 
 def git_state(folder: Path) -> GitState | None:

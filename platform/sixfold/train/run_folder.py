@@ -113,14 +113,14 @@ def new_run_id() -> str:
     return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
 
 
-def prepare_run_folder(recipe: Recipe, directory: Path | None, *, resume: bool) -> RunFolder:
-    """Make a new run folder, or check that an existing one can be taken up.
+def prepare_run_folder(recipe: Recipe, directory: Path | None, *, resume: bool, run_id: str | None = None) -> RunFolder:
+    """Make a new run folder, or check that an existing one can be taken up; a new run gets ``run_id`` or a fresh id.
 
     Raises:
         UserError: the folder holds a run and ``resume`` is off, or it holds something that is not a run.
         RecipeError: the folder holds a run of another recipe name.
     """
-    run_id = new_run_id()
+    run_id = run_id or new_run_id()
     folder = RunFolder(directory if directory is not None else Path("runs") / recipe.name / run_id)
     if (folder.path / "run.json").exists():
         _check_same_run(folder, recipe, resume=resume)
