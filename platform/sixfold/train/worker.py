@@ -71,9 +71,12 @@ def main() -> None:
         _end_now(1 if known is None else known.exit_code)
 
 
-def run(folder: RunFolder) -> Status:
-    """Train, or go on training, what the run folder's recipe says; return how it ended."""
-    stop_requested = StopRequest()
+def run(folder: RunFolder, stop_requested: Callable[[], bool] | None = None) -> Status:
+    """Train, or go on training, what the run folder's recipe says; return how it ended.
+
+    ``stop_requested`` is asked at every step whether this rank wants all to save and end; by default signals say so.
+    """
+    stop_requested = stop_requested or StopRequest()
     recipe = load_recipe(folder.recipe).recipe
     world = process_group.join()
     job = Job(
@@ -160,7 +163,7 @@ class Job:
             display.note(f"tracked at {tracker.where}")
             events.close()
 
-    def train(self, events: EventLog | None, display: Display, stop_requested: StopRequest) -> Status:
+    def train(self, events: EventLog | None, display: Display, stop_requested: Callable[[], bool]) -> Status:
         """Train; when the budget of skipped steps is spent, go back once to the last good checkpoint, then give up."""
         hooks, checkpoint = self._hooks(events, display)
         rolled_back = False
