@@ -127,6 +127,9 @@ class RayRanks(Config):
         default="PACK", description="How ranks are placed over the nodes."
     )
     max_failures: int = Field(default=3, ge=-1, description="Restarts after a rank or node died; -1: without limit.")
+    grow_interval_s: float = Field(
+        default=60.0, gt=0.0, description="Seconds between looks for room for more ranks, within the range."
+    )
 
 
 class RayProfile(RayRanks, BaseProfile):
