@@ -21,11 +21,14 @@ def patchify(images: Float[Tensor, "n c h w"], patch: int) -> Float[Tensor, "n t
     return grid.permute(0, 2, 4, 1, 3, 5).reshape(n, -1, channels * patch * patch)
 
 
-def unpatchify(tokens: Float[Tensor, "n tokens features"], patch: int, channels: int) -> Float[Tensor, "n c h w"]:
-    """Put square images together from patches, row by row; features in the order (y, x, channel)."""
-    n, side = tokens.shape[0], math.isqrt(tokens.shape[1])
-    grid = tokens.view(n, side, side, patch, patch, channels)
-    return grid.permute(0, 5, 1, 3, 2, 4).reshape(n, channels, side * patch, side * patch)
+def unpatchify(
+    tokens: Float[Tensor, "n tokens features"], patch: int, channels: int, rows: int | None = None
+) -> Float[Tensor, "n c h w"]:
+    """Put images together from ``rows`` rows of patches (None: square); features in the order (y, x, channel)."""
+    n, count, _ = tokens.shape
+    rows = math.isqrt(count) if rows is None else rows
+    grid = tokens.view(n, rows, count // rows, patch, patch, channels)
+    return grid.permute(0, 5, 1, 3, 2, 4).reshape(n, channels, rows * patch, count // rows * patch)
 
 
 def sinusoids(positions: Float[Tensor, "n"], width: int) -> Float[Tensor, "n width"]:
@@ -70,11 +73,11 @@ class PatchEmbedding(OwnsBuffers):
 class TimeEmbedding(nn.Module):
     """A two-layer MLP over sinusoids of the scaled time; the sinusoids are always fp32."""
 
-    def __init__(self, config: DiTConfig) -> None:
+    def __init__(self, width: int, *, frequencies: int, scale: float) -> None:
         super().__init__()
-        self.scale, self.frequencies = config.time_scale, config.time_frequencies
-        self.inner = Linear(config.time_frequencies, config.width, tag=normal(0.02), bias=True)
-        self.outer = Linear(config.width, config.width, tag=normal(0.02), bias=True)
+        self.scale, self.frequencies = scale, frequencies
+        self.inner = Linear(frequencies, width, tag=normal(0.02), bias=True)
+        self.outer = Linear(width, width, tag=normal(0.02), bias=True)
 
     def forward(self, time: Float[Tensor, "n"]) -> Float[Tensor, "n width"]:
         """Embed times in [0, 1]."""

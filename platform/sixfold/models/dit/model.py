@@ -99,7 +99,7 @@ class DiT(Network):
         super().__init__()
         self.config = config
         self.patches = PatchEmbedding(config)
-        self.time = TimeEmbedding(config)
+        self.time = TimeEmbedding(config.width, frequencies=config.time_frequencies, scale=config.time_scale)
         self.label = LabelEmbedding(config.classes, config.width) if config.classes else None
         self.layers = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.final = FinalLayer(config)
