@@ -7,8 +7,8 @@ cannot change the gradient.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 import torch
@@ -86,21 +86,33 @@ class Phase:
 
 @dataclass(frozen=True)
 class Sum:
-    """A metric as a local sum and the count it is to be divided by, both 0-dimensional tensors."""
+    """A metric as a local sum and the count it is to be divided by.
+
+    Attributes:
+        total: 0-dimensional; of any shape where ``conclude`` turns it into a number (a histogram, moments of features).
+        count: 0-dimensional.
+        conclude: what the metric is as a function of total and count over all batches and ranks, both fp64 on the CPU;
+            None for total / count.
+    """
 
     total: Tensor
     count: Tensor
+    conclude: Callable[[Tensor, Tensor], float] | None = None
 
     def __add__(self, other: Sum) -> Sum:
-        return Sum(self.total + other.total, self.count + other.count)
+        return self.holding(self.total + other.total, self.count + other.count)
+
+    def holding(self, total: Tensor, count: Tensor) -> Sum:
+        """The same metric of other sums."""
+        return replace(self, total=total, count=count)
 
     def nothing(self) -> Sum:
         """The sum that changes no other."""
-        return Sum(torch.zeros_like(self.total), torch.zeros_like(self.count))
+        return self.holding(torch.zeros_like(self.total), torch.zeros_like(self.count))
 
     def widened(self) -> Sum:
         """The same in fp64, in which long sums stay exact enough."""
-        return Sum(self.total.double(), self.count.double())
+        return self.holding(self.total.double(), self.count.double())
 
 
 def add_sums(totals: dict[str, Sum], more: Mapping[str, Sum]) -> None:
@@ -111,15 +123,22 @@ def add_sums(totals: dict[str, Sum], more: Mapping[str, Sum]) -> None:
 
 
 def means_of(sums: Mapping[str, Sum]) -> dict[str, float]:
-    """Return each metric's mean; a metric that nothing counted towards has none, and is left out.
+    """Return each metric's mean, or what it concludes; a metric that nothing counted towards has none, and is left out.
 
-    All values reach the host in one copy: a copy each would hold up an accelerator several times a step.
+    All means reach the host in one copy: a copy each would hold up an accelerator several times a step.
     """
-    if not sums:
-        return {}
-    wide = [value.widened() for value in sums.values()]
-    totals, counts = torch.stack([torch.stack([value.total, value.count]) for value in wide], dim=1).tolist()
-    return {name: total / count for name, total, count in zip(sums, totals, counts, strict=True) if count != 0}
+    concluded = {
+        name: value.conclude(value.total.double().cpu(), value.count.double().cpu())
+        for name, value in sums.items()
+        if value.conclude is not None and value.count != 0
+    }
+    plain = {name: value.widened() for name, value in sums.items() if value.conclude is None}
+    if not plain:
+        return concluded
+    pairs = torch.stack([torch.stack([value.total, value.count]) for value in plain.values()], dim=1)
+    totals, counts = pairs.tolist()
+    means = {name: total / count for name, total, count in zip(plain, totals, counts, strict=True) if count != 0}
+    return {name: means[name] if name in means else concluded[name] for name in sums if name in means | concluded}
 
 
 @dataclass(frozen=True)
