@@ -7,7 +7,9 @@ from typing import ClassVar, Literal, NamedTuple
 
 from sixfold.config.base import Component
 
-Capability = Literal["denoiser", "language_model", "codec", "discriminator", "text_encoder", "features"]
+Capability = Literal[
+    "denoiser", "uncertainty", "language_model", "codec", "discriminator", "text_encoder", "features"
+]
 """What an objective may ask of a network; a new kind of network adds its word here."""
 
 
@@ -33,6 +35,11 @@ class NetworkSettings(Component):
 
     pretrained: ClassVar[bool] = False
     """Whether the implementation comes with its weights, is built as a plain module, and can only be frozen."""
+
+    weights_from: ClassVar[str | None] = None
+    """Where the function stands, as ``"package.module:attribute"``, that makes the weights of a network which no recipe
+    trains: called as ``make(settings, split)``, where ``split()`` reads the training split's images and labels, it
+    returns full parameters by name."""
 
     def inputs(self, lengths: SampleLengths) -> Mapping[str, Field]:
         """The fields of a batch that the network reads, by name; none for one that reads other networks' outputs."""

@@ -21,9 +21,14 @@ from sixfold.engine.config import (
     ScheduleConfig,
 )
 from sixfold.evaluation.config import EvaluationConfig
+from sixfold.models.codec.config import CodecConfig
+from sixfold.models.discriminator.config import PatchDiscriminatorConfig
 from sixfold.models.dit.config import DiTConfig
 from sixfold.models.moe_transformer.config import MoETransformerConfig
+from sixfold.models.noise_uncertainty.config import NoiseUncertaintyConfig
+from sixfold.models.perceptual.config import ClassifierConfig, LPIPSConfig
 from sixfold.models.trained.config import TrainedConfig
+from sixfold.objectives.codec.config import CodecObjectiveConfig
 from sixfold.objectives.denoising.config import DenoisingConfig
 from sixfold.objectives.next_token.config import NextTokenConfig
 from sixfold.recipe.train import TrainConfig
@@ -31,10 +36,20 @@ from sixfold.samplers.config import SamplingConfig
 from sixfold.tracking.config import MLflowConfig, TrackingConfig
 from sixfold_data.config import DataConfig
 
-NetworkConfig = Annotated[MoETransformerConfig | DiTConfig | TrainedConfig, Field(discriminator="type")]
+NetworkConfig = Annotated[
+    MoETransformerConfig
+    | DiTConfig
+    | NoiseUncertaintyConfig
+    | CodecConfig
+    | PatchDiscriminatorConfig
+    | ClassifierConfig
+    | LPIPSConfig
+    | TrainedConfig,
+    Field(discriminator="type"),
+]
 """Every network a recipe may name; a new one is added here."""
 
-ObjectiveConfig = Annotated[DenoisingConfig | NextTokenConfig, Field(discriminator="type")]
+ObjectiveConfig = Annotated[DenoisingConfig | NextTokenConfig | CodecObjectiveConfig, Field(discriminator="type")]
 """Every objective a recipe may name; a new one is added here."""
 
 _SEGMENT = "[A-Za-z0-9][A-Za-z0-9_.-]*"

@@ -19,11 +19,18 @@ from sixfold_data.describe import describe
 from sixfold_data.stream import TrainStream
 
 
-def assemble(recipe: Recipe, world: World, *, quarantine: Path | None = None) -> Training:
-    """Build everything that trains, fresh, with the stream at its beginning."""
+def assemble(recipe: Recipe, world: World, *, quarantine: Path | None = None, cache: Path | None = None) -> Training:
+    """Build everything that trains, fresh, with the stream at its beginning.
+
+    Args:
+        recipe: the resolved recipe.
+        world: this rank.
+        quarantine: the log of samples that cannot be read.
+        cache: folder in which weights are kept that are made for this run.
+    """
     networks = resolve_networks(recipe)
     objective: Objective = recipe.objective.load()(recipe.objective, networks)
-    parts = build_roles(recipe, objective, networks, world)
+    parts = build_roles(recipe, objective, networks, world, cache=cache)
     local_batch = recipe.data.global_batch // world.size
     return Training(
         objective=objective,

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from sixfold.models.settings import NetworkSettings
 from sixfold.models.trained.network import NetworksConfig, TrainedNetwork
 from sixfold.objectives.contract import Objective, Progress, Role
 from sixfold.recipe.recipe import Recipe
+from sixfold.train.made_weights import make_weights
 from sixfold.train.run_folder import RunFolder
 
 
@@ -34,13 +36,22 @@ class Parts:
     companions: Mapping[str, Companion]
 
 
-def build_roles(recipe: Recipe, objective: Objective, networks: NetworksConfig, world: World) -> Parts:
+def build_roles(
+    recipe: Recipe, objective: Objective, networks: NetworksConfig, world: World, *, cache: Path | None = None
+) -> Parts:
     """Build the networks of all roles: trainable ones in engines, the others as companions.
+
+    Args:
+        recipe: the recipe.
+        objective: what gives roles to networks.
+        networks: the recipe's networks, resolved.
+        world: this rank.
+        cache: folder in which weights are kept that were made for this run.
 
     Raises:
         RecipeError: weights to start from are missing, or are of another shape.
     """
-    weights = _Weights(networks)
+    weights = _Weights(recipe, networks, cache)
     engines: dict[str, Engine] = {}
     for role in names_of(objective, "trainable"):
         engines[role] = _engine(recipe, objective, networks, role, world)
@@ -142,22 +153,29 @@ def start_from(engine: Engine, weights: Mapping[str, Tensor], *, where: str) -> 
 
 
 class _Weights:
-    """Weights of other runs, each read once."""
+    """Weights of other runs, or made for this one, each read once."""
 
-    def __init__(self, networks: NetworksConfig) -> None:
-        self._networks = networks
+    def __init__(self, recipe: Recipe, networks: NetworksConfig, cache: Path | None) -> None:
+        self._recipe, self._networks, self._cache = recipe, networks, cache
         self._read: dict[str, dict[str, Tensor]] = {}
 
     def of(self, objective: Objective, role: str) -> dict[str, Tensor] | None:
         """What a role starts from; None for the initial values of its own seed."""
         part = objective.roles[role]
         source = part if part.starts_from is None else objective.roles[part.starts_from]
-        network = self._networks[source.network]
-        if not isinstance(network, TrainedNetwork):
-            return None
-        if source.network not in self._read:
-            self._read[source.network] = read_trained(network)
-        return self._read[source.network]
+        return self.of_network(source.network)
+
+    def of_network(self, name: str) -> dict[str, Tensor] | None:
+        """What a network comes with; None where it is drawn from the seed."""
+        network = self._networks[name]
+        if name not in self._read:
+            if isinstance(network, TrainedNetwork):
+                self._read[name] = read_trained(network)
+            elif network.weights_from is not None:
+                self._read[name] = make_weights(network, self._recipe.data, cache=self._cache)
+            else:
+                return None
+        return self._read[name]
 
 
 def _engine(recipe: Recipe, objective: Objective, networks: NetworksConfig, role: str, world: World) -> Engine:
@@ -175,7 +193,14 @@ def _engine(recipe: Recipe, objective: Objective, networks: NetworksConfig, role
 
 
 def load_networks(
-    objective: Objective, networks: NetworksConfig, candidate: Candidate, *, averaged: bool, device: torch.device
+    recipe: Recipe,
+    objective: Objective,
+    networks: NetworksConfig,
+    candidate: Candidate,
+    *,
+    averaged: bool,
+    device: torch.device,
+    cache: Path | None = None,
 ) -> dict[str, nn.Module]:
     """Build every role's network whole, in evaluation mode, with a checkpoint's weights or those of the run it is from.
 
@@ -183,14 +208,16 @@ def load_networks(
         CheckpointError: the checkpoint lacks a role.
     """
     loaded: dict[str, nn.Module] = {}
+    weights = _Weights(recipe, networks, cache)
     for role, part in objective.roles.items():
-        settings, source = settings_of(networks, part), networks[part.network]
+        settings = settings_of(networks, part)
         network: nn.Module = settings.load()(settings)
         if not settings.pretrained:
             reset_buffers(network)
             if part.kind == "frozen":
-                assert isinstance(source, TrainedNetwork), f"frozen role {role} has no weights"
-                network.load_state_dict(read_trained(source))
+                start = weights.of_network(part.network)
+                assert start is not None, f"frozen role {role} has no weights"
+                network.load_state_dict(start)
             else:
                 kept = averaged and part.kind == "trainable"
                 network.load_state_dict(read_parameters(candidate, role, averaged=kept))

@@ -15,9 +15,10 @@ from sixfold.errors import UserError
 from sixfold.evaluation.grid import to_picture, write_sample_grid
 from sixfold.objectives.contract import Networks
 from sixfold.recipe.recipe import Recipe
-from sixfold.samplers.config import AutoregressiveConfig
+from sixfold.samplers.config import AutoregressiveConfig, ReconstructionConfig
 from sixfold.samplers.contract import Sampler, SampleRequest
 from sixfold_data.describe import DataInfo
+from sixfold_data.evaluation import EvaluationReader
 
 
 def conditions_of(
@@ -28,6 +29,12 @@ def conditions_of(
     Raises:
         UserError: the label or prompt does not fit what the recipe generates.
     """
+    if isinstance(recipe.sampling, ReconstructionConfig):
+        if label is not None or prompt is not None:
+            raise UserError.of(
+                "a codec reconstructs held-out images, for no label or prompt", where=recipe.name, fix="leave it out"
+            )
+        return {"original": _held_out_images(recipe, count)}
     if isinstance(recipe.sampling, AutoregressiveConfig):
         if label is not None:
             raise UserError.of("--label is for images, this run generates text", where=recipe.name, fix="use --prompt")
@@ -42,6 +49,12 @@ def conditions_of(
     if not info.classes:
         return {}
     return {"label": torch.arange(count) % len(info.classes) if label is None else torch.full((count,), label)}
+
+
+def _held_out_images(recipe: Recipe, count: int) -> Tensor:
+    """The first images of the held-out split, round and round."""
+    images = torch.cat([batch["image"] for batch in EvaluationReader(recipe.data, batch=count, limit=count)])
+    return images[torch.arange(count) % len(images)]
 
 
 def _prompt(info: DataInfo, prompt: str, count: int) -> dict[str, Tensor]:
@@ -95,12 +108,17 @@ class Samples:
         labels = self.conditions.get("label")
         return None if labels is None else [self.info.classes[int(label)] for label in labels]
 
+    def _pictures(self) -> Tensor:
+        """The images of the overview: samples, each below what it is made of where that is an image too."""
+        images, originals = self.fields["image"], self.conditions.get("original")
+        return images if originals is None else torch.cat([originals, images], dim=2)
+
     def write_overview(self, folder: Path, name: str) -> Path:
         """Write one file to look at, ``<name>.png`` (a labelled grid) or ``<name>.txt``, and return its path."""
         folder.mkdir(parents=True, exist_ok=True)
         if self.are_images:
             path = folder / f"{name}.png"
-            write_sample_grid(path, self.fields["image"], self.captions)
+            write_sample_grid(path, self._pictures(), self.captions)
             return path
         path = folder / f"{name}.txt"
         separator = "\n" + "-" * 40 + "\n"

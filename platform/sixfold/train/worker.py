@@ -56,13 +56,16 @@ class StopRequest:
         return self.requested
 
 
-def main() -> None:
-    """Work on the run folder named on the command line; leave any error where the launcher looks for it."""
+def main(stop_requested: Callable[[], bool] | None = None) -> None:
+    """Work on the run folder named on the command line; leave any error where the launcher looks for it.
+
+    A launcher that listens for signals before this module is imported passes what it has heard as ``stop_requested``.
+    """
     folder, rank = RunFolder(Path(sys.argv[1])), int(os.environ.get("RANK", "0"))
     _end_with_parent()
     _keep_freed_memory()
     try:
-        run(folder)
+        run(folder, stop_requested)
         process_group.leave()
     except Exception as error:  # the one place that reports for the whole process
         known = user_facing(error)
@@ -83,7 +86,7 @@ def run(folder: RunFolder, stop_requested: Callable[[], bool] | None = None) -> 
         recipe=recipe,
         world=world,
         folder=folder,
-        training=assemble(recipe, world, quarantine=folder.quarantine),
+        training=assemble(recipe, world, quarantine=folder.quarantine, cache=folder.features),
         checkpointer=open_checkpointer(recipe, world, folder.checkpoints),
     )
     status: Status = "failed"
