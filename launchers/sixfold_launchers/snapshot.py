@@ -91,14 +91,14 @@ def plan_snapshot(policy: Policy, near: Path = Path(__file__)) -> Snapshot:
 
 
 def ship(snapshot: Snapshot, folder: Path) -> Path | None:
-    """Write the snapshot below ``folder``, once for each tree, and return where it lies; None for installed code.
+    """Write the snapshot below ``folder``, once for each commit and tree; return where it lies, None for installed code.
 
     Raises:
         UserError: the checkout has changed since the snapshot was planned.
     """
     if snapshot.tree is None or snapshot.checkout is None:
         return None
-    target = folder / snapshot.tree
+    target = folder / f"{(snapshot.commit or '')[:12]}-{snapshot.tree[:12]}"
     if target.is_dir():
         return target
     folder.mkdir(parents=True, exist_ok=True)

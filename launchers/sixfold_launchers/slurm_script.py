@@ -1,0 +1,186 @@
+"""The batch script: pure text, from a profile and a job.
+
+Slurm signals the batch shell alone (``--signal=B:USR1@T``); the shell passes the signal on to every rank, the ranks
+save at their step boundary and end, and the job is requeued. ``kill -TERM`` on srun would abort the step unsaved, and
+Python in the ranks may hear of a signal only after a collective: hence a flag, a step boundary and a shell that waits.
+
+Requeueing needs a Slurm client on the node: scontrol, else sbatch (which submits the same script once more). Where
+there is neither, the job ends with exit code 75, and `sixfold jobs requeue` does it from where the client is.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Sequence
+
+from sixfold_launchers.contract import INTERRUPTED, OUTCOME, JobSpec
+from sixfold_launchers.profiles import BaseProfile, ContainerConfig, SlurmAllocation, SlurmProfile
+
+SCRIPT = "job.sbatch"
+NAME_PREFIX = "sixfold-"
+
+
+def job_name(spec: JobSpec) -> str:
+    """The name by which the job is found on the cluster, also after a lost confirmation or another submission."""
+    return f"{NAME_PREFIX}{spec.job_id}"
+
+
+def header(profile: SlurmAllocation, spec: JobSpec, own: Sequence[tuple[str, str | None]]) -> str:
+    """The ``#SBATCH`` lines of an allocation, with a launcher's own options.
+
+    The job starts from a clean environment (``--export=NONE``): what the submitter's shell holds, secrets included, is
+    neither kept by the controller nor seen by the ranks.
+    """
+    log = spec.logs / ("%A_%a.out" if len(spec.runs) > 1 else "%j.out")
+    options: list[tuple[str, str | None]] = [
+        ("job-name", job_name(spec)),
+        ("chdir", str(spec.directory)),
+        ("output", str(log)),
+        ("open-mode", "append"),
+        ("export", "NONE"),
+        ("nodes", str(profile.nodes)),
+        *own,
+        ("gpus-per-node", str(profile.gpus_per_node) if profile.gpus_per_node else None),
+        ("mem", profile.memory_per_node),
+        ("partition", profile.partition),
+        ("account", profile.account),
+        ("qos", profile.qos),
+        ("time", profile.time_limit),
+        ("signal", f"B:USR1@{profile.save_before_limit_s}"),
+    ]
+    lines = [f"#SBATCH --{name}={shlex.quote(value)}" for name, value in options if value is not None]
+    lines.append(f"#SBATCH --{'requeue' if profile.requeue else 'no-requeue'}")
+    lines.extend(_extra(profile))
+    return "\n".join(["#!/bin/bash", *lines])
+
+
+def _extra(profile: SlurmAllocation) -> Iterator[str]:
+    for name, value in profile.sbatch.items():
+        if value is True:
+            yield f"#SBATCH --{name}"
+        elif value is not False:
+            yield f"#SBATCH --{name}={shlex.quote(str(value))}"
+
+
+def environment(profile: BaseProfile, spec: JobSpec) -> str:
+    """Shell lines that set what every rank sees; secrets are not among it."""
+    variables = {
+        "SLURM_EXPORT_ENV": "ALL",
+        "PYTHONUNBUFFERED": "1",
+        "SIXFOLD_JOB_ID": spec.job_id,
+        **profile.environment,
+    }
+    lines = [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
+    path = spec.python_path()
+    if path is not None:
+        lines.append(f'export PYTHONPATH={shlex.quote(path)}"${{PYTHONPATH:+:$PYTHONPATH}}"')
+    return "\n".join(lines)
+
+
+def secret_arguments(profile: BaseProfile) -> list[str]:
+    """Arguments that name the secrets to a rank; it reads them on its node."""
+    return ["--secrets", profile.secrets_folder, *profile.secrets] if profile.secrets else []
+
+
+def contained(container: ContainerConfig | None, spec: JobSpec) -> tuple[list[str], list[str]]:
+    """What a container adds: options of srun, and a prefix of the command."""
+    if container is None:
+        return [], []
+    own = [spec.folder.parent, *(run.folder.parent for run in spec.runs), spec.directory]
+    folders = dict.fromkeys([f"{folder}:{folder}" for folder in own] + list(container.mounts))
+    if container.runtime == "pyxis":
+        return [f"--container-image={container.image}", f"--container-mounts={','.join(folders)}"], []
+    return [], ["apptainer", "exec", "--nv", "--bind", ",".join(folders), container.image]
+
+
+def render(profile: SlurmProfile, spec: JobSpec) -> str:
+    """The batch script that trains a job's run, or one run of its sweep in each task of an array."""
+    sruns, prefix = contained(profile.container, spec)
+    worker = [spec.python, "-m", "sixfold_launchers.slurm_task"]
+    own: list[tuple[str, str | None]] = [
+        ("ntasks-per-node", str(profile.tasks_per_node())),
+        ("cpus-per-task", str(profile.cpus_per_rank)),
+        ("array", _array(profile, spec)),
+    ]
+    return _BODY.format(
+        header=header(profile, spec, own),
+        environment=environment(profile, spec),
+        setup="".join(f"{line}\n" for line in profile.setup),
+        runs="\n".join(f"  {shlex.quote(str(run.folder))}" for run in spec.runs),
+        srun=shlex.join(["srun", "--kill-on-bad-exit=1", f"--cpus-per-task={profile.cpus_per_rank}", *sruns]),
+        worker=shlex.join([*prefix, *worker]),
+        secrets="".join(f" {shlex.quote(argument)}" for argument in secret_arguments(profile)),
+        max_restarts=profile.max_restarts,
+        starts=profile.max_restarts + 1,
+        requeue=requeue_lines(profile, spec),
+        outcome=OUTCOME,
+        interrupted=INTERRUPTED,
+    )
+
+
+def _array(profile: SlurmProfile, spec: JobSpec) -> str | None:
+    if len(spec.runs) == 1:
+        return None
+    limit = "" if profile.array_parallelism is None else f"%{profile.array_parallelism}"
+    return f"0-{len(spec.runs) - 1}{limit}"
+
+
+def requeue_lines(profile: SlurmAllocation, spec: JobSpec) -> str:
+    """Shell function ``requeue``: ask for another turn with whatever client the node has."""
+    if not profile.requeue:
+        return "requeue() { echo 'saved; this profile does not requeue'; }"
+    script = shlex.quote(str(spec.folder / SCRIPT))
+    array = ' --array="$SLURM_ARRAY_TASK_ID"' if len(spec.runs) > 1 else ""
+    return _REQUEUE.format(again=f"sbatch{array} {script}")
+
+
+_REQUEUE = """\
+requeue() {{
+  if command -v scontrol >/dev/null; then
+    scontrol requeue "$SLURM_JOB_ID"
+  elif command -v sbatch >/dev/null; then
+    {again}
+  else
+    echo "saved; no Slurm client on this node to requeue with: sixfold jobs requeue $SIXFOLD_JOB_ID"
+  fi
+}}"""
+
+_BODY = """\
+{header}
+
+{environment}
+{setup}
+runs=(
+{runs}
+)
+run=${{runs[${{SLURM_ARRAY_TASK_ID:-0}}]}}
+
+{requeue}
+
+# USR1: the time limit is near, or somebody asks for the nodes: save and requeue. TERM: save and end.
+signals=0 again= step=
+pass_on() {{ signals=$(( signals + 1 )); [ -z "$step" ] || kill -USR1 "$step"; }}
+trap 'again=yes; pass_on' USR1
+trap pass_on TERM
+
+for restart in $(seq 0 {max_restarts}); do
+  rm -f "$run/{outcome}"
+  export SIXFOLD_ATTEMPT=$(( ${{SLURM_RESTART_COUNT:-0}} * {starts} + restart ))
+  {srun} \\
+    {worker} "$run"{secrets} &
+  step=$!
+  # A trapped signal ends a wait early; the next wait returns how srun ended.
+  while heard=$signals; wait "$step"; code=$?; [ "$heard" != "$signals" ]; do :; done
+  step=
+  [ "$signals" = 0 ] && [ "$code" -gt 128 ] && [ "$restart" -lt {max_restarts} ] || break
+  echo "a rank was ended by signal $(( code - 128 )); restart $(( restart + 1 )) of {max_restarts}"
+done
+
+outcome=$(cat "$run/{outcome}" 2>/dev/null)
+# Ranks that were killed while they should have saved go on from the newest checkpoint.
+if [ "$outcome" = interrupted ] || {{ [ -n "$again" ] && [ "$code" -gt 128 ]; }}; then
+  [ -z "$again" ] || requeue
+  exit {interrupted}
+fi
+exit "$code"
+"""
