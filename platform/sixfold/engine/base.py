@@ -153,6 +153,10 @@ class TorchEngine(ABC):
         """Accumulate the gradient of a local sum of losses."""
         torch.autograd.backward(loss)
 
+    def join_backward(self, loss: Tensor) -> Tensor:
+        """Return the loss: hooks of parameters see any backward pass."""
+        return loss
+
     def step(self, count: Tensor, *, finite: Tensor) -> StepReport:
         """Update from the accumulated gradient; see the module's docstring and the contract."""
         factor = self._learning_rate_factor()

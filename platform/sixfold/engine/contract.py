@@ -53,6 +53,10 @@ class Engine(Protocol):
         """Accumulate the gradient of a local *sum* of losses."""
         ...
 
+    def join_backward(self, loss: Tensor) -> Tensor:
+        """Prepare to accumulate in the backward pass of another engine, and return the loss to run it on."""
+        ...
+
     def step(self, count: Tensor, *, finite: Tensor) -> StepReport:
         """Divide by the global ``count`` (already all-reduced), check, clip, update, average (EMA), zero the gradients.
 

@@ -91,6 +91,11 @@ class DeepSpeedEngine:
         """Accumulate the gradient of a local sum of losses."""
         self._runtime.backward(loss, scale_wrt_gas=False)
 
+    def join_backward(self, loss: Tensor) -> Tensor:
+        """Announce a backward pass that is not this engine's own call; the scale is 1."""
+        announced: Tensor = self._runtime.scale(loss)
+        return announced
+
     def step(self, count: Tensor, *, finite: Tensor) -> StepReport:
         """Update from the accumulated gradient; see :mod:`sixfold.engine.base` for what a skip means."""
         specification = self.specification

@@ -84,14 +84,11 @@ def shard(network: Network, mesh: DeviceMesh, config: FSDPConfig, dtype: torch.d
 
 
 def _fix_gradient_dtypes(network: nn.Module) -> None:
-    """Have FSDP2 note the dtypes of gradients now: at the first forward the role may be frozen by another's phase.
+    """Have FSDP2 note the dtypes of gradients now: at its first forward the role may be frozen by another's phase.
 
-    It notes them once, from parameters that require gradients then; a role noted as frozen could never be trained.
+    It notes them once, from parameters that require gradients at that time; a role noted as frozen could not be trained.
     """
-    for part in network.modules():
-        if isinstance(part, FSDPModule):
-            part.unshard()
-            part.reshard()
+    network._get_fsdp_state()._lazy_init()  # type: ignore[operator]  # there is no public way
 
 
 def _placement(parameter: nn.Parameter, shards: int) -> Shard | None:

@@ -194,7 +194,10 @@ class _Totals:
             loss=summed["loss"],
             count=summed["count"],
             stop=summed["stop"],
-            metrics={name: Sum(summed[f"total/{name}"], summed[f"count/{name}"]) for name in self.metrics},
+            metrics={
+                name: value.holding(summed[f"total/{name}"], summed[f"count/{name}"])
+                for name, value in self.metrics.items()
+            },
             statistics={name: summed[f"statistic/{name}"] for name in self.statistics},
         )
 
@@ -214,6 +217,9 @@ def _accumulate(training: Training, batch: Batch, phase: Phase) -> _Totals:
                 for engine in engines:
                     accumulating.enter_context(engine.accumulate(last=index == len(micro_batches) - 1))
                 terms = training.objective(networks, micro, phase, PositionRandom(training.seed, micro.positions))
-                engines[0].backward(terms.loss)  # one pass through all networks; each engine's hooks see its own
+                loss = terms.loss
+                for engine in engines[1:]:
+                    loss = engine.join_backward(loss)
+                engines[0].backward(loss)  # one pass through all networks
             totals.add(terms)
     return totals
