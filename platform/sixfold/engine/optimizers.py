@@ -11,19 +11,16 @@ from collections.abc import Mapping
 from typing import Any, Protocol, cast
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from sixfold.engine.config import AdamWConfig, AdamWSettings, MuonConfig, OptimizerConfig
+from sixfold.engine.newton_schulz import newton_schulz
 from sixfold.engine.sharding import own_part
 from sixfold.models.network import ParameterTag
 
 Slots = dict[str, dict[str, Tensor]]
 """Optimizer state: parameter name to slot name to tensor."""
-
-NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Quintic that lifts small singular values fastest and leaves all within about [0.7, 1.2] (Jordan et al., 2024)."""
 
 
 class Updater(Protocol):
@@ -182,23 +179,6 @@ class Muon:
         if tag.weight_decay:
             local.mul_(1.0 - lr * self._config.weight_decay)
         local.add_(_part_to_apply(update, value), alpha=-lr * max(1.0, rows / columns) ** 0.5)
-
-
-def newton_schulz(matrices: Float[Tensor, "n rows columns"], *, steps: int) -> Float[Tensor, "n rows columns"]:
-    """Replace each matrix's singular values by values near 1: U S V^T becomes about U V^T, without a decomposition.
-
-    Iterates X <- a X + (b A + c A^2) X with A = X X^T from X / |X|, on the smaller side (Jordan et al., 2024). On CUDA
-    in bf16, which the iteration tolerates; elsewhere in the matrices' own precision.
-    """
-    a, b, c = NEWTON_SCHULZ_COEFFICIENTS
-    x = matrices.bfloat16() if matrices.is_cuda else matrices
-    tall = x.size(-2) > x.size(-1)
-    x = x.mT if tall else x
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x.mT if tall else x).to(matrices.dtype)
 
 
 class MuonWithAdamW:
