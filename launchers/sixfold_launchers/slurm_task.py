@@ -81,7 +81,7 @@ def _first_node(slurm: Mapping[str, str]) -> str:
 
 def hosts(nodelist: str) -> list[str]:
     """Expand Slurm's list of nodes: ``n[1-2,07],gpu3`` to n1, n2, n07, gpu3; ``scontrol show hostnames`` without it."""
-    names = []
+    names: list[str] = []
     for group in re.findall(r"(?:[^,\[\]]+|\[[^\]]*\])+", nodelist):
         parts = [_choices(part) for part in re.findall(r"\[[^\]]*\]|[^\[\]]+", group)]
         names.extend("".join(choice) for choice in itertools.product(*parts))
@@ -91,7 +91,7 @@ def hosts(nodelist: str) -> list[str]:
 def _choices(part: str) -> list[str]:
     if not part.startswith("["):
         return [part]
-    found = []
+    found: list[str] = []
     for numbers in part[1:-1].split(","):
         first, _, last = numbers.partition("-")
         found.extend(str(n).zfill(len(first)) for n in range(int(first), int(last or first) + 1))

@@ -48,6 +48,11 @@ class Snapshot:
     difference: str = ""
     not_shipped: tuple[str, ...] = ()
 
+    @property
+    def name(self) -> str:
+        """A folder name that equal code shares."""
+        return f"{(self.commit or '')[:12]}-{(self.tree or '')[:12]}"
+
     def record(self) -> dict[str, object]:
         """What a run keeps of it, besides the diff."""
         plain = {key: value for key, value in asdict(self).items() if key not in ("checkout", "difference")}
@@ -90,17 +95,15 @@ def plan_snapshot(policy: Policy, near: Path = Path(__file__)) -> Snapshot:
         )
 
 
-def ship(snapshot: Snapshot, folder: Path) -> Path | None:
-    """Write the snapshot below ``folder``, once for each commit and tree; return where it lies, None for installed code.
+def ship(snapshot: Snapshot, target: Path) -> None:
+    """Write the snapshot to ``target``, unless it lies there already; its name says which code it is.
 
     Raises:
         UserError: the checkout has changed since the snapshot was planned.
     """
-    if snapshot.tree is None or snapshot.checkout is None:
-        return None
-    target = folder / f"{(snapshot.commit or '')[:12]}-{snapshot.tree[:12]}"
-    if target.is_dir():
-        return target
+    if target.is_dir() or snapshot.checkout is None:
+        return
+    folder = target.parent
     folder.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=".shipping-", dir=folder))
     try:
@@ -120,7 +123,6 @@ def ship(snapshot: Snapshot, folder: Path) -> Path | None:
             raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return target
 
 
 def record_code(snapshot: Snapshot, run_folder: Path) -> None:

@@ -17,9 +17,12 @@ from sixfold.errors import user_facing
 COMMAND_MODULES = (
     "sixfold.cli.inspect_commands",
     "sixfold.cli.run_commands",
+    "sixfold.cli.submit_commands",
+    "sixfold.cli.evaluation_commands",
     "sixfold.cli.compare_command",
     "sixfold.cli.data_commands",
     "sixfold.cli.ui_command",
+    "sixfold.cli.ray_commands",
     "sixfold.cli.doctor_command",
 )
 """Modules with a ``register(app)`` that adds their commands, in the order of ``sixfold --help``."""
