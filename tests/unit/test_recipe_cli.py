@@ -108,7 +108,7 @@ def test_show_as_a_table_has_a_line_for_every_setting(sixfold, tmp_path):
     assert "0.001" in rows["optimizer.lr"]
     assert rows["optimizer.lr"].split()[-1].endswith(f"r.yaml:{line_of(FLOW, 'lr: 1e-3')}")
     assert rows["optimizer.eps"].split()[-1] == "default"
-    assert "[loss, fd]" in rows["evaluation.metrics"]
+    assert rows["evaluation.metrics.1.type"].split()[1] == "fd"
 
 
 def test_plain_show_is_a_recipe_again(sixfold, tmp_path):

@@ -1,4 +1,4 @@
-"""``sixfold run``, ``sample``, ``evaluate`` and ``export``: what trains and uses a model on this machine."""
+"""``sixfold run``, ``sample`` and ``export``: what trains and uses a model on this machine."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ def register(app: typer.Typer) -> None:
     """Add the commands to the application."""
     app.command("run")(run)
     app.command("sample")(sample)
-    app.command("evaluate")(evaluate)
     app.command("export")(export)
 
 
@@ -120,22 +119,6 @@ def sample(
     for line in written.preview:
         typer.echo(line)
     typer.echo(f"{n} samples of step {written.step} in {written.folder}")
-
-
-def evaluate(run: RunArgument, as_json: JsonOption = False) -> None:
-    """Measure a run's newest checkpoint as its recipe's evaluation section says.
-
-    Example: sixfold evaluate runs/smoke/dit --json
-    """
-    from sixfold.tracking.runs import find_run
-    from sixfold.train.inference import evaluate_run
-
-    values = evaluate_run(find_run(run))
-    if as_json:
-        typer.echo(json.dumps(values))
-        return
-    for name, value in values.items():
-        typer.echo(f"{name:32} {value:.6g}")
 
 
 def export(

@@ -109,7 +109,10 @@ def _wrong_type(location: Location, context: _Context) -> Fault:
     assert location.slot is not None, "pydantic reports only fields of a union as untagged"
     tags, got = list(location.slot.kinds()), context.got(location.path)
     tag, key = (got.get("type"), dotted((*location.path, "type"))) if isinstance(got, dict) else (None, "")
-    if tag is None:
+    if isinstance(got, str):  # a name that stands for a section of that type
+        what, where = f"{dotted(location.path)}: got {spell(got)}", context.provenance.nearest(location.path)
+        suggestion = nearest(got, tags)
+    elif tag is None:
         what = f"{key or dotted(location.path)} is missing" if key else f"{dotted(location.path)}: got {spell(got)}"
         where, suggestion = context.provenance.nearest(location.path), None
     else:

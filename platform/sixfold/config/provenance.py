@@ -43,7 +43,10 @@ class Provenance:
 
     def where(self, key: str) -> str:
         """Return the place of a dotted key's value, or ``default`` when it was written nowhere."""
-        place = self.places.get(tuple(key.split(".")))
+        path = tuple(key.split("."))
+        place = self.places.get(path)
+        if place is None and path[-1] == "type" and not any(other[:-1] == path[:-1] for other in self.places):
+            place = self.places.get(path[:-1])  # a name that stands for a section of that type
         return DEFAULT if place is None else str(place)
 
     def nearest(self, path: KeyPath) -> str:

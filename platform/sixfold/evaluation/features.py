@@ -1,4 +1,4 @@
-"""Feature spaces that images are compared in: pixels, or a small classifier of the recipe's own training split.
+"""What a feature extractor is, and the two that need nothing: pixels, and a small classifier of the training split.
 
 The classifier needs no download and knows what matters in these very data. It is trained deterministically in
 seconds, kept by a hash of the data and of this code's version, and its accuracy on held-out images is part of every
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sixfold.errors import RecipeError
+from sixfold.errors import RecipeError, SixfoldError
 
 CLASSIFIER_VERSION = "small-classifier/1"
 """Part of the cache key: any change to architecture or training needs a new one."""
@@ -37,15 +37,32 @@ class FeatureExtractor(Protocol):
         """What a distance in this space is called: FD(<name>)."""
         ...
 
-    def __call__(self, images: Float[Tensor, "n channels height width"]) -> Float[Tensor, "n features"]:
-        """Return one fp32 vector an image."""
+    @property
+    def identity(self) -> str:
+        """A hash or name of all that decides the features: weights, code, preprocessing."""
         ...
+
+    def __call__(self, images: Float[Tensor, "n channels height width"]) -> Float[Tensor, "n features"]:
+        """Return one fp32 vector for each image in [-1, 1], on the images' device."""
+        ...
+
+
+def require_finite(features: Float[Tensor, "n ..."], what: str, error: type[SixfoldError]) -> None:
+    """Raise ``error`` where features or scores are not finite: every metric of them would be meaningless."""
+    bad = (~torch.isfinite(features.reshape(len(features), -1))).any(1).sum().item() if len(features) else 0
+    if bad:
+        raise error.of(
+            f"{bad} of {len(features)} {what} are not finite numbers",
+            where="evaluation",
+            fix="check the extractor's preprocessing (mean, std) and precision, and that training has not diverged",
+        )
 
 
 class PixelFeatures:
     """The pixels themselves."""
 
     name = "pixel"
+    identity = "pixel"
 
     def __call__(self, images: Float[Tensor, "n channels height width"]) -> Float[Tensor, "n features"]:
         """Flatten each image."""
@@ -88,11 +105,19 @@ class ClassifierFeatures:
     Attributes:
         network: the classifier, in evaluation mode.
         accuracy: its accuracy on held-out images.
+        held_out_samples: how many those were.
+        identity: the hash it is kept under.
     """
 
     network: SmallClassifier
     accuracy: float
+    held_out_samples: int
+    identity: str
     name: str = "classifier"
+
+    def to(self, device: torch.device) -> ClassifierFeatures:
+        """Return it on a device."""
+        return replace(self, network=self.network.to(device))
 
     def __call__(self, images: Float[Tensor, "n channels height width"]) -> Float[Tensor, "n features"]:
         """Return the hidden activations."""
@@ -154,11 +179,12 @@ def load_or_train_classifier(
     if path.exists():
         return _read(path)
     network = train_classifier(training, seed=seed)
-    extractor = ClassifierFeatures(network=network, accuracy=0.0)
-    right = extractor.predict(held_out.images) == held_out.require_labels()
+    fresh = ClassifierFeatures(network=network, accuracy=0.0, held_out_samples=len(held_out.images), identity=key)
+    right = fresh.predict(held_out.images) == held_out.require_labels()
+    description = {"accuracy": repr(right.float().mean().item()), "held_out_samples": str(fresh.held_out_samples)}
     cache.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.tmp")
-    save_file(network.state_dict(), partial, metadata={"accuracy": repr(right.float().mean().item())})
+    save_file(network.state_dict(), partial, metadata=description)
     partial.replace(path)
     return _read(path)
 
@@ -166,10 +192,15 @@ def load_or_train_classifier(
 def _read(path: Path) -> ClassifierFeatures:
     with safe_open(path, framework="pt") as file:
         weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
-        accuracy = float(file.metadata()["accuracy"])
+        description = file.metadata()
     network = SmallClassifier(weights["convolutions.0.weight"].shape[1], len(weights["head.bias"]))
     network.load_state_dict(weights)
-    return ClassifierFeatures(network=network.eval().requires_grad_(False), accuracy=accuracy)
+    return ClassifierFeatures(
+        network=network.eval().requires_grad_(False),
+        accuracy=float(description["accuracy"]),
+        held_out_samples=int(description["held_out_samples"]),
+        identity=path.stem,
+    )
 
 
 def _draw_weights(network: nn.Module, generator: torch.Generator) -> None:

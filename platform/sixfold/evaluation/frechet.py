@@ -13,6 +13,11 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from sixfold.evaluation.bootstrap import margin_of, resample_weights
+from sixfold.evaluation.config import FrechetConfig
+from sixfold.evaluation.contract import Drawn, Estimate
+from sixfold.evaluation.references import References
+
 
 class Moments(NamedTuple):
     """Mean and unbiased covariance of features, in float64."""
@@ -21,13 +26,17 @@ class Moments(NamedTuple):
     covariance: Float64[Tensor, "d d"]
 
 
-def moments(features: Float[Tensor, "n d"]) -> Moments:
-    """Fit a Gaussian to at least two feature vectors."""
+def moments(features: Float[Tensor, "n d"], weights: Float64[Tensor, " n"] | None = None) -> Moments:
+    """Fit a Gaussian to at least two feature vectors, each counted ``weights`` times (once by default)."""
     assert len(features) >= 2, f"a covariance needs two samples, got {len(features)}"
     wide = features.double()
-    mean = wide.mean(0)
+    if weights is None:
+        mean = wide.mean(0)
+        centred = wide - mean
+        return Moments(mean, centred.T @ centred / (len(wide) - 1))
+    mean = weights @ wide / weights.sum()
     centred = wide - mean
-    return Moments(mean, centred.T @ centred / (len(wide) - 1))
+    return Moments(mean, (centred * weights[:, None]).T @ centred / (weights.sum() - 1))
 
 
 def frechet_distance(first: Moments, second: Moments) -> float:
@@ -36,12 +45,7 @@ def frechet_distance(first: Moments, second: Moments) -> float:
     The root's trace is the sum of the roots of the eigenvalues of the symmetric A^1/2 B A^1/2: unlike the root of the
     unsymmetric A B it is real and accurate for singular covariances.
     """
-    values, vectors = torch.linalg.eigh(first.covariance)
-    root = (vectors * values.clamp(min=0.0).sqrt()) @ vectors.T
-    product = root @ second.covariance @ root
-    trace_of_root = torch.linalg.eigvalsh(0.5 * (product + product.T)).clamp(min=0.0).sqrt().sum()
-    traces = torch.trace(first.covariance) + torch.trace(second.covariance)
-    return float((first.mean - second.mean).square().sum() + traces - 2.0 * trace_of_root)
+    return _distance(first, _root(first.covariance), second)
 
 
 def half_split_fd(features: Float[Tensor, "n d"], *, seed: int, splits: int = 4) -> float:
@@ -57,3 +61,65 @@ def half_split_fd(features: Float[Tensor, "n d"], *, seed: int, splits: int = 4)
         order = torch.randperm(len(features), generator=generator).to(features.device)
         total += frechet_distance(moments(features[order[:half]]), moments(features[order[half : 2 * half]]))
     return total / splits
+
+
+class FrechetMetric:
+    """``fd``, and ``fd_ratio``: its value over the distance between random halves of the training split.
+
+    A ratio of 1 or less is as good as new data, whatever the feature space.
+    """
+
+    def __init__(self, config: FrechetConfig, references: References) -> None:
+        self._extractor = references.extractor_of(config)
+        self.view = self._extractor.identity
+        self._resamples = references.resamples
+        reference = references.features(self._extractor, "training")
+        if reference is None:
+            return
+        reference.require_covariance()
+        self._count = reference.count
+        self._reference = Moments(reference.mean, reference.covariance)
+        self._root = _root(reference.covariance)
+        self._yardstick = (
+            half_split_fd(reference.rows, seed=0, splits=config.half_splits) if config.half_splits else 0.0
+        )
+
+    def rows(self, drawn: Drawn) -> Float[Tensor, "n d"]:
+        """The samples' features."""
+        return self._extractor(drawn.images)
+
+    def estimates(self, rows: Float[Tensor, "n d"]) -> list[Estimate]:
+        """Return the distance, and its ratio to the yardstick where there is one."""
+        value = _distance(self._reference, self._root, moments(rows))
+        resampled = [
+            _distance(self._reference, self._root, moments(rows, weights.to(rows.device)))
+            for weights in resample_weights(len(rows), self._resamples)
+        ]
+        margin = margin_of(torch.tensor(resampled, dtype=torch.float64))
+        scales = {"fd": 1.0} | ({"fd_ratio": self._yardstick} if self._yardstick else {})
+        return [
+            Estimate(
+                name=name,
+                value=value / scale,
+                margin=None if margin is None else margin / scale,
+                better="lower",
+                samples=len(rows),
+                reference=self._count,
+                space=self._extractor.name,
+            )
+            for name, scale in scales.items()
+        ]
+
+
+def _root(covariance: Float64[Tensor, "d d"]) -> Float64[Tensor, "d d"]:
+    """The symmetric square root of a covariance."""
+    values, vectors = torch.linalg.eigh(covariance)
+    return (vectors * values.clamp(min=0.0).sqrt()) @ vectors.T
+
+
+def _distance(first: Moments, root: Float64[Tensor, "d d"], second: Moments) -> float:
+    """:func:`frechet_distance` where the root of the first covariance is known already."""
+    product = root @ second.covariance @ root
+    trace_of_root = torch.linalg.eigvalsh(0.5 * (product + product.T)).clamp(min=0.0).sqrt().sum()
+    traces = torch.trace(first.covariance) + torch.trace(second.covariance)
+    return float((first.mean - second.mean).square().sum() + traces - 2.0 * trace_of_root)

@@ -1,12 +1,13 @@
 """Evaluation in the loop and by command: held-out measures, scores of samples, and samples to look at.
 
 Every rank takes part, for sharded networks need all ranks to compute: held-out batches and sample numbers are dealt
-out, sums and samples come back together. Scores are computed on rank 0.
+out; sums, and the rows that metrics make of samples, come back together. Estimates are made on rank 0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -15,18 +16,24 @@ from torch import Tensor
 from sixfold.distributed.collectives import broadcast_object, gather_objects, sum_over_ranks
 from sixfold.distributed.process_group import World
 from sixfold.distributed.randomness import PositionRandom
-from sixfold.evaluation.features import LabelledImages
-from sixfold.evaluation.images import SAMPLE_METRICS, ImageScores
-from sixfold.objectives.contract import Networks, Objective, Sum, add_sums, means_of
+from sixfold.errors import TrainingError
+from sixfold.evaluation.contract import Drawn, Estimate, SampleMetric
+from sixfold.evaluation.features import LabelledImages, require_finite
+from sixfold.evaluation.references import References, Split
+from sixfold.objectives.contract import Batch, Networks, Objective, Sum, add_sums, means_of
 from sixfold.recipe.recipe import Recipe
 from sixfold.recipe.trained import resolve_networks
 from sixfold.samplers.contract import Sampler, SampleRequest
 from sixfold.train.samples import Samples, conditions_of, draw
-from sixfold_data.describe import describe
+from sixfold_data.config import DataConfig
+from sixfold_data.describe import DataInfo, describe
 from sixfold_data.evaluation import EvaluationReader, read_split_arrays
 
 SEED_OFFSET = 1
 """Held-out noise differs from training noise even where positions coincide."""
+
+CONDITIONS = ("label", "caption")
+"""The fields of a batch that samples are drawn for."""
 
 
 class Evaluator:
@@ -35,13 +42,13 @@ class Evaluator:
     Args:
         recipe: the resolved recipe, with an ``evaluation`` section.
         world: this rank.
-        cache: folder in which trained feature extractors are kept.
+        cache: folder in which trained feature extractors and reference features are kept.
     """
 
     def __init__(self, recipe: Recipe, world: World, cache: Path) -> None:
         assert recipe.evaluation is not None, "a recipe without an evaluation section measures nothing"
         self.config = recipe.evaluation
-        self._recipe, self._world, self._cache = recipe, world, cache
+        self._recipe, self._world = recipe, world
         self._info = describe(recipe.data)
         self._held_out = EvaluationReader(
             recipe.data,
@@ -53,16 +60,18 @@ class Evaluator:
         self._sampler: Sampler | None = None
         if recipe.sampling is not None:
             self._sampler = recipe.sampling.load()(recipe.sampling, recipe.objective, resolve_networks(recipe))
-        self._scores_samples = any(metric in SAMPLE_METRICS for metric in self.config.metrics)
-        self._scores: ImageScores | None = None
+        self._images = ImagesOf(recipe, self._info, world)
+        self._cache = cache if self.config.cache is None else Path(self.config.cache).expanduser()
 
     @torch.no_grad()
-    def measure(self, objective: Objective, networks: Networks) -> dict[str, float]:
-        """Return held-out measures and, where asked for, scores of samples, under names such as ``val/loss``."""
-        values = self._held_out_means(objective, networks)
-        if self._scores_samples:
-            values |= self._sample_scores(networks)
-        return {f"val/{name}": value for name, value in values.items()}
+    def measure(self, objective: Objective, networks: Networks) -> list[Estimate]:
+        """Return held-out measures and, where asked for, estimates from samples; equal on all ranks.
+
+        Raises:
+            DataError: the reference images are too few for a metric, or have features that are not finite.
+            TrainingError: the samples have features that are not finite.
+        """
+        return self._held_out_means(objective, networks) + self._sample_estimates(networks)
 
     @torch.no_grad()
     def samples_to_show(self, networks: Networks) -> Samples | None:
@@ -71,10 +80,12 @@ class Evaluator:
             return None
         count = self.config.show_samples
         conditions = conditions_of(self._recipe, self._info, count)
-        fields = self._draw(networks, count, conditions, seed=self._recipe.seed)
+        parts = gather_objects(list(self._drawn(networks, count, conditions, seed=self._recipe.seed)))
+        batches = [batch for part in parts for batch in part]
+        fields = {name: torch.cat([batch[name] for batch in batches])[:count] for name in batches[0]}
         return Samples(fields=fields, conditions=conditions, info=self._info)
 
-    def _held_out_means(self, objective: Objective, networks: Networks) -> dict[str, float]:
+    def _held_out_means(self, objective: Objective, networks: Networks) -> list[Estimate]:
         totals: dict[str, Sum] = {}
         for batch in self._held_out:
             # A rank that has run out computes along, since sharded networks need all ranks, but adds nothing.
@@ -86,53 +97,134 @@ class Evaluator:
         summed = sum_over_ranks(
             {f"{name}/{part}": getattr(value, part) for name, value in totals.items() for part in ("total", "count")}
         )
-        return means_of({name: Sum(summed[f"{name}/total"], summed[f"{name}/count"]) for name in totals})
+        means = means_of(
+            {name: value.holding(summed[f"{name}/total"], summed[f"{name}/count"]) for name, value in totals.items()}
+        )
+        return [Estimate(name=name, value=value, samples=self._held_out.samples) for name, value in means.items()]
 
-    def _sample_scores(self, networks: Networks) -> dict[str, float]:
-        scores = self._prepare_scores()
+    @cached_property
+    def _metrics(self) -> Sequence[SampleMetric]:
+        """The metrics of samples, with what they compare samples with; made when first needed, by all ranks."""
+        return [settings.load()(settings, self._references) for settings in self.config.sample_metrics]
+
+    @cached_property
+    def _references(self) -> References:
+        return References(
+            self.config, self._images, cache=self._cache, device=self._world.device, rank=self._world.rank
+        )
+
+    def _sample_estimates(self, networks: Networks) -> list[Estimate]:
+        """Draw samples, turn each into one row a view as soon as it is drawn, and estimate on rank 0."""
+        if not self._metrics:
+            return []
         count = self._info.samples[self._recipe.data.splits.train]
         if self.config.samples != "split":
             count = self.config.samples
-        labels = self._training_labels(count)
-        conditions = {} if labels is None else {"label": labels}
-        fields = self._draw(networks, count, conditions, seed=self._recipe.seed + SEED_OFFSET)
-        values = None if scores is None else scores(fields["image"], labels)
-        return broadcast_object(values)
+        makers = {metric.view: metric for metric in self._metrics}
+        mine: dict[str, list[Tensor]] = {view: [] for view in makers}
+        conditions = self._conditions(count)
+        numbers = self._share(count)
+        for fields in self._drawn(networks, count, conditions, seed=self._recipe.seed + SEED_OFFSET):
+            rows, numbers = numbers[: len(fields["image"])], numbers[len(fields["image"]) :]
+            drawn = self._images.drawn(fields["image"], {name: value[rows] for name, value in conditions.items()})
+            for view, metric in makers.items():
+                mine[view].append(metric.rows(drawn).cpu())
+        gathered = gather_objects({view: torch.cat(parts) for view, parts in mine.items()})
+        estimates: list[Estimate] | None = None
+        if self._world.rank == 0:
+            whole = {view: torch.cat([part[view] for part in gathered])[:count] for view in makers}
+            for view, values in whole.items():
+                require_finite(values, f"rows of drawn samples ({view})", TrainingError)
+            estimates = [
+                estimate
+                for metric in self._metrics
+                for estimate in metric.estimates(whole[metric.view].to(self._world.device))
+            ]
+            estimates += self._references.facts()
+        return broadcast_object(estimates)
 
-    def _prepare_scores(self) -> ImageScores | None:
-        """Read the splits and train the feature extractor, once, on rank 0."""
-        if self._scores is None and self._world.rank == 0:
-            splits = self._recipe.data.splits
-            training, held_out = (self._labelled(name) for name in (splits.train, splits.evaluation))
-            self._scores = ImageScores(
-                self.config, training, held_out, cache=self._cache, fingerprint=self._info.fingerprint
-            )
-        return self._scores
+    def _conditions(self, count: int) -> dict[str, Tensor]:
+        """Conditions in a split's own proportions: those of its first samples, round and round."""
+        found = broadcast_object(self._images.conditions(count) if self._world.rank == 0 else None)
+        return {name: value[torch.arange(count) % len(value)] for name, value in found.items()}
 
-    def _labelled(self, split: str) -> LabelledImages:
-        arrays = {name: torch.from_numpy(value) for name, value in read_split_arrays(self._recipe.data, split).items()}
-        return LabelledImages(images=arrays["image"], labels=arrays.get("label"))
+    def _share(self, count: int) -> Tensor:
+        """The sample numbers that this rank draws: as many on every rank, the last rank's surplus repeating one."""
+        share = -(-count // self._world.size)
+        first = self._world.rank * share
+        return torch.arange(first, first + share).clamp(max=count - 1)
 
-    def _training_labels(self, count: int) -> Tensor | None:
-        """Labels in the training split's own proportions: those of its first samples, round and round."""
-        if not self._info.classes:
-            return None
-        scores = self._prepare_scores()
-        labels = broadcast_object(None if scores is None else scores.training.require_labels())
-        return labels[torch.arange(count) % len(labels)]
-
-    def _draw(
+    def _drawn(
         self, networks: Networks, count: int, conditions: Mapping[str, Tensor], *, seed: int
-    ) -> dict[str, Tensor]:
-        """Draw samples 0 to ``count - 1``, dealt out among ranks in equal numbers of passes; all ranks get them all."""
+    ) -> Iterator[dict[str, Tensor]]:
+        """Draw this rank's share of samples 0 to ``count - 1``, a pass at a time."""
         assert self._sampler is not None, "sample metrics without a sampling section are refused by the recipe's checks"
-        world = self._world
-        share = -(-count // world.size)
-        # The last rank's surplus repeats a sample and is cut off below.
-        mine = torch.arange(world.rank * share, (world.rank + 1) * share).clamp(max=count - 1)
-        request = SampleRequest(
-            seed=seed, numbers=mine, conditions={name: value[mine] for name, value in conditions.items()}
+        for numbers in torch.split(self._share(count), self.config.batch):
+            request = SampleRequest(
+                seed=seed, numbers=numbers, conditions={name: value[numbers] for name, value in conditions.items()}
+            )
+            yield draw(self._sampler, networks, request, batch=self.config.batch, device=self._world.device)
+
+
+class ImagesOf:
+    """A recipe's images as what samples are compared with: an :class:`~sixfold.evaluation.references.ImageSource`."""
+
+    def __init__(self, recipe: Recipe, info: DataInfo, world: World) -> None:
+        assert recipe.evaluation is not None
+        self._config, self._world, self._info = recipe.evaluation, world, info
+        self._own = recipe.data
+
+    @cached_property
+    def _data(self) -> DataConfig:
+        reference = self._config.reference
+        return self._own if reference is None else self._own.model_copy(update={"path": reference, "mixture": ()})
+
+    @cached_property
+    def _reference_info(self) -> DataInfo:
+        return self._info if self._config.reference is None else describe(self._data)
+
+    @property
+    def fingerprint(self) -> str:
+        """The data's, with what else decides how images are decoded."""
+        splits = self._data.splits
+        return f"{self._reference_info.fingerprint}/{self._data.image_size}/{splits.train}/{splits.evaluation}"
+
+    def size(self, split: Split) -> int:
+        """How many images a split has."""
+        return self._reference_info.samples[self._name(split)]
+
+    def shares(self, split: Split) -> Iterator[Batch]:
+        """This rank's share of a split."""
+        yield from EvaluationReader(
+            self._data,
+            split=self._name(split),
+            batch=self._config.batch,
+            rank=self._world.rank,
+            world_size=self._world.size,
         )
-        drawn = draw(self._sampler, networks, request, batch=self.config.batch, device=world.device)
-        gathered = gather_objects(drawn)
-        return {name: torch.cat([part[name] for part in gathered])[:count] for name in drawn}
+
+    def whole(self, split: Split) -> LabelledImages:
+        """A whole split in memory."""
+        arrays = read_split_arrays(self._data, self._name(split))
+        labels = torch.from_numpy(arrays["label"]) if "label" in arrays else None
+        return LabelledImages(images=torch.from_numpy(arrays["image"]), labels=labels)
+
+    def conditions(self, count: int) -> dict[str, Tensor]:
+        """The conditions of a split's first samples, ``count`` of them where it has so many."""
+        splits = self._own.splits
+        split = splits.train if self._config.conditions == "training" else splits.evaluation
+        reader = EvaluationReader(self._own, split=split, batch=self._config.batch, limit=count)
+        batches = list(reader) if self._info.classes or self._info.kind == "image-text" else []
+        present = [name for name in CONDITIONS if batches and name in batches[0].fields]
+        return {name: torch.cat([batch[name] for batch in batches]) for name in present}
+
+    def drawn(self, images: Tensor, conditions: Mapping[str, Tensor]) -> Drawn:
+        """Samples with what they were drawn for, captions as text too."""
+        captions, tokenizer = None, self._info.tokenizer
+        if "caption" in conditions and tokenizer is not None:
+            rows = (row[row != tokenizer.end_of_text] for row in conditions["caption"].numpy())
+            captions = [tokenizer.decode(row) for row in rows]
+        return Drawn(images=images.to(self._world.device), conditions=conditions, captions=captions)
+
+    def _name(self, split: Split) -> str:
+        return self._data.splits.train if split == "training" else self._data.splits.evaluation

@@ -15,6 +15,7 @@ from pydantic import Field
 
 from sixfold.checkpoint.checkpointer import Checkpointer
 from sixfold.config.base import Config
+from sixfold.evaluation.report import logged, spelled
 from sixfold.objectives.contract import Progress
 from sixfold.tracking.events import EventLog
 from sixfold.train.display import Display
@@ -113,10 +114,10 @@ class Evaluate:
         with ExitStack() as averages:
             for engine in training.engines.values():
                 averages.enter_context(engine.averaged())
-            values = self.evaluator.measure(training.objective, training.networks)
+            estimates = self.evaluator.measure(training.objective, training.networks)
             samples = self.evaluator.samples_to_show(training.networks)
-        self.log.write(record.progress, values)
-        facts = "  ".join(f"{name.removeprefix('val/')} {value:.4g}" for name, value in values.items())
+        self.log.write(record.progress, logged(estimates))
+        facts = "  ".join(f"{estimate.name} {spelled(estimate)}" for estimate in estimates)
         self.log.display.note(f"step {step}: {facts}")
         if samples is not None and self.log.events is not None:
             path = samples.write_overview(self.folder, f"step_{step:09d}")

@@ -15,6 +15,7 @@ from sixfold.checkpoint.export import export_safetensors
 from sixfold.checkpoint.verification import Candidate, newest_verified
 from sixfold.distributed.process_group import World
 from sixfold.errors import UserError
+from sixfold.evaluation.contract import Estimate
 from sixfold.models.trained.network import NetworksConfig
 from sixfold.objectives.contract import Objective
 from sixfold.recipe.load import load_recipe
@@ -53,6 +54,14 @@ class Written:
     preview: list[str]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What an evaluation found, and at which step."""
+
+    step: int
+    estimates: list[Estimate]
+
+
 def load_trained(run: Path) -> Trained:
     """Load a run's networks from its newest checkpoint that verifies, averaged where the recipe keeps an average.
 
@@ -67,7 +76,9 @@ def load_trained(run: Path) -> Trained:
     objective: Objective = recipe.objective.load()(recipe.objective, settings)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     averaged = recipe.train.ema_decay is not None
-    networks = load_networks(objective, settings, candidate, averaged=averaged, device=device)
+    networks = load_networks(
+        recipe, objective, settings, candidate, averaged=averaged, device=device, cache=folder.features
+    )
     return Trained(
         recipe=recipe, candidate=candidate, objective=objective, settings=settings, networks=networks, device=device
     )
@@ -97,20 +108,27 @@ def sample_run(
     return Written(step=step, folder=folder, files=files, preview=preview)
 
 
-def evaluate_run(run: Path) -> dict[str, float]:
-    """Measure a run's newest checkpoint as its recipe's ``evaluation`` says.
+def evaluate_run(run: Path, *, samples: int | None = None) -> Measured:
+    """Measure a run's newest checkpoint as its recipe's ``evaluation`` says, on averaged weights where it keeps them.
+
+    Args:
+        run: the run folder.
+        samples: draw so many instead of the recipe's number.
 
     Raises:
         UserError: the recipe has no evaluation section, or the run no checkpoint.
     """
     trained = load_trained(run)
-    if trained.recipe.evaluation is None:
+    recipe = trained.recipe
+    if recipe.evaluation is None:
         raise UserError.of(
             "the run's recipe has no evaluation section", where=str(run), fix="add one and resume the run"
         )
-    evaluator = Evaluator(trained.recipe, World(device=trained.device), RunFolder(run).features)
-    values = evaluator.measure(trained.objective, trained.networks)
-    return {"step": float(trained.candidate.step), **values}
+    if samples is not None:
+        evaluation = recipe.evaluation.model_copy(update={"samples": samples})
+        recipe = recipe.model_copy(update={"evaluation": evaluation})
+    evaluator = Evaluator(recipe, World(device=trained.device), RunFolder(run).features)
+    return Measured(step=trained.candidate.step, estimates=evaluator.measure(trained.objective, trained.networks))
 
 
 def export_run(run: Path, *, out: Path, averaged: bool) -> list[Path]:
