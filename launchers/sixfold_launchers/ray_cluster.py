@@ -1,8 +1,9 @@
 """A real multi-node Ray cluster on this machine: raylets on loopback with ports, folder and token of their own.
 
-Several such clusters, and other people's, may stand side by side. Every process of a cluster inherits a variable with
-the cluster's mark; what carries the mark is stopped, nothing else is touched (``ray stop`` would end every Ray of the
-machine). A token of mode 0600 keeps other users of the machine out: without it nobody can join a node or submit a job.
+Several such clusters, and other people's, may stand side by side. A cluster's processes are those of its nodes'
+sessions and those that inherited a variable with its mark; they are stopped, nothing else is touched (``ray stop``
+would end every Ray of the machine). A token of mode 0600 keeps other users of the machine out: without it nobody can
+join a node or submit a job.
 """
 
 from __future__ import annotations
@@ -17,17 +18,18 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from sixfold.errors import EnvironmentFault, UserError
+from sixfold_launchers.job_book import state_folder
+from sixfold_launchers.ray_server import RayServer
 
-HOST = "127.0.0.1"
+HOST = "127.0.0.1"  # of the dashboard; nodes have loopback addresses of their own
 MARK = "SIXFOLD_RAY_CLUSTER"
 """The variable that every process of a cluster inherits; its value is the cluster's mark."""
 
@@ -40,10 +42,14 @@ _QUICK_DEATH = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 50
 
 @dataclass(frozen=True, kw_only=True)
 class RayNode:
-    """One node of a cluster: the process that keeps its raylet, and when it began (a pid alone may be reused)."""
+    """One node of a cluster: the process that keeps its raylet, and when it began (a pid alone may be reused).
+
+    ``agent_port`` is where its agent listens; Ray's default is one port for all nodes and clusters of a machine.
+    """
 
     pid: int
     started_s: float
+    agent_port: int
 
     @property
     def is_running(self) -> bool:
@@ -62,6 +68,7 @@ class RayCluster:
         temporary: Ray's own folder; short, since the paths of sockets may have no more than 107 characters.
         port: where nodes and drivers join.
         dashboard_port: where jobs are submitted.
+        client_port: where Ray's remote client would be served; given so that clusters do not meet at the default.
         cpus_per_node: CPUs that each node offers to Ray; a number for scheduling, which needs no such cores.
         nodes: the head, then the others.
     """
@@ -71,13 +78,14 @@ class RayCluster:
     temporary: str
     port: int
     dashboard_port: int
+    client_port: int
     cpus_per_node: int
     nodes: tuple[RayNode, ...] = ()
 
     @property
     def address(self) -> str:
         """What ``RAY_ADDRESS`` is for drivers."""
-        return f"{HOST}:{self.port}"
+        return f"{_node_host(0)}:{self.port}"
 
     @property
     def dashboard(self) -> str:
@@ -89,20 +97,24 @@ class RayCluster:
         """The file whose content lets a process in."""
         return Path(self.folder) / "token"
 
+    @property
+    def server(self) -> RayServer:
+        """Its job server."""
+        return RayServer(self.dashboard, self.token_file)
+
     def environment(self) -> dict[str, str]:
         """What a client, a driver or a node needs to be let in."""
         return authentication(self.token_file)
 
 
 def authentication(token_file: Path) -> dict[str, str]:
-    """Variables that switch Ray's token authentication on, needed alike by heads, joining nodes, drivers and clients."""
+    """Variables that switch Ray's token authentication on: heads, joining nodes, drivers and clients all need them."""
     return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token_file)}
 
 
 def default_folder() -> Path:
     """Where ``sixfold ray`` keeps the cluster of this user on this machine."""
-    state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
-    return Path(state).expanduser() / "sixfold" / "ray"
+    return state_folder() / "ray"
 
 
 def up(folder: Path, *, nodes: int, cpus_per_node: int = 2, timeout_s: float = READY_TIMEOUT_S) -> RayCluster:
@@ -127,10 +139,11 @@ def up(folder: Path, *, nodes: int, cpus_per_node: int = 2, timeout_s: float = R
             fix="run `sixfold ray down` first, or ask for as many as there are",
         )
     cluster = _record(replace(cluster, nodes=alive))
+    deadline_s = time.monotonic() + timeout_s
     while len(cluster.nodes) < nodes:
         cluster = add_node(cluster)
-        if len(cluster.nodes) == 1:
-            wait_until_ready(cluster, nodes=1, timeout_s=timeout_s)
+        while cluster.nodes[0].is_running and not _listens(cluster.port) and time.monotonic() < deadline_s:
+            time.sleep(0.1)
     wait_until_ready(cluster, nodes=nodes, timeout_s=timeout_s)
     return cluster
 
@@ -138,10 +151,11 @@ def up(folder: Path, *, nodes: int, cpus_per_node: int = 2, timeout_s: float = R
 def add_node(cluster: RayCluster) -> RayCluster:
     """Start one more node, the head if it is the first, and return the cluster with it; it joins within seconds."""
     number = len(cluster.nodes)
+    (agent_port,) = _free_ports(1)
     log = Path(cluster.folder) / f"node-{number}.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "ray.scripts.scripts", *node_arguments(cluster, head=number == 0)],
+            [sys.executable, "-m", "ray.scripts.scripts", *node_arguments(cluster, number, agent_port)],
             env={**os.environ, **cluster.environment(), MARK: cluster.mark, "RAY_USAGE_STATS_ENABLED": "0"},
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -150,21 +164,23 @@ def add_node(cluster: RayCluster) -> RayCluster:
         )
     found = _process(process.pid)
     started_s = time.time() if found is None else found.create_time()
-    return _record(replace(cluster, nodes=(*cluster.nodes, RayNode(pid=process.pid, started_s=started_s))))
+    node = RayNode(pid=process.pid, started_s=started_s, agent_port=agent_port)
+    return _record(replace(cluster, nodes=(*cluster.nodes, node)))
 
 
-def node_arguments(cluster: RayCluster, *, head: bool) -> list[str]:
-    """The arguments of ``ray start`` for a node on loopback."""
+def node_arguments(cluster: RayCluster, number: int, agent_port: int) -> list[str]:
+    """The arguments of ``ray start`` for the head (number 0) or another node on loopback."""
     common = [
         "start",
         "--block",
-        f"--node-ip-address={HOST}",
+        f"--node-ip-address={_node_host(number)}",
         f"--num-cpus={cluster.cpus_per_node}",
         "--num-gpus=0",
+        f"--dashboard-agent-listen-port={agent_port}",
         f"--object-store-memory={_OBJECT_STORE_BYTES}",
         "--disable-usage-stats",
     ]
-    if not head:
+    if number > 0:
         # One log monitor a machine, or every line of a worker would be shown once for each node.
         return [*common, f"--address={cluster.address}", "--include-log-monitor=false"]
     return [
@@ -174,9 +190,14 @@ def node_arguments(cluster: RayCluster, *, head: bool) -> list[str]:
         f"--temp-dir={cluster.temporary}",
         f"--dashboard-host={HOST}",
         f"--dashboard-port={cluster.dashboard_port}",
-        "--ray-client-server-port=0",
+        f"--ray-client-server-port={cluster.client_port}",
         f"--system-config={json.dumps(_QUICK_DEATH)}",
     ]
+
+
+def _node_host(number: int) -> str:
+    """127.0.0.2 and on: for 127.0.0.1 Ray would take the machine's public address."""
+    return f"127.0.0.{number + 2}"
 
 
 def find(folder: Path) -> RayCluster | None:
@@ -190,27 +211,15 @@ def find(folder: Path) -> RayCluster | None:
 
 
 def down(folder: Path) -> int:
-    """Stop what :func:`up` started there, and only that; return how many processes that ended. Nothing to do is fine."""
+    """Stop what :func:`up` started there, and only that; return how many processes were ended, 0 if none were left."""
     cluster = find(folder)
     if cluster is None:
         return 0
-    ended = _end_all(cluster.mark)
+    ended = _end_all(cluster)
     shutil.rmtree(cluster.temporary, ignore_errors=True)
     for name in ("cluster.json", "token"):
         (folder / name).unlink(missing_ok=True)
     return ended
-
-
-def alive_nodes(dashboard: str, token_file: Path) -> int | None:
-    """Count the nodes that a cluster's head takes for alive; None while it does not answer.
-
-    Raises:
-        EnvironmentFault: the head answers and refuses the token.
-    """
-    reply = _ask(f"{dashboard}/api/v0/nodes?limit=10000&detail=false", token_file)
-    if reply is None:
-        return None
-    return sum(node["state"] == "ALIVE" for node in reply["data"]["result"]["result"])
 
 
 def wait_until_ready(cluster: RayCluster, *, nodes: int, timeout_s: float = READY_TIMEOUT_S) -> None:
@@ -228,43 +237,50 @@ def wait_until_ready(cluster: RayCluster, *, nodes: int, timeout_s: float = READ
                     where=cluster.folder,
                     fix="look at the words above; `sixfold ray down` clears what is left",
                 )
-        found = alive_nodes(cluster.dashboard, cluster.token_file)
-        if found is not None and found >= nodes and _takes_jobs(cluster):
+        found = _joined(cluster)
+        if found >= nodes:
             return
         if time.monotonic() > deadline_s:
             raise EnvironmentFault.of(
-                f"{found or 0} of {nodes} Ray nodes were there after {timeout_s:.0f} s:\n{_last_lines(cluster, 0)}",
+                f"{found} of {nodes} Ray nodes were there after {timeout_s:.0f} s:\n{_last_lines(cluster, 0)}",
                 where=cluster.folder,
                 fix="free memory and cores of this machine, then try again",
             )
         time.sleep(0.2)
 
 
-def processes_of(mark: str) -> list[int]:
-    """Pids of the living processes of this user that carry a cluster's mark, zombies left out."""
-    wanted = f"{MARK}={mark}".encode()
+def processes_of(cluster: RayCluster) -> list[int]:
+    """Pids of a cluster's living processes, with those of jobs and ranks, zombies left out.
+
+    Some of Ray's processes rename themselves, which overwrites the environment that others see: these are known by
+    their session. A session's number is not given to another while it has members.
+    """
+    wanted = f"{MARK}={cluster.mark}".encode()
+    sessions = {node.pid for node in cluster.nodes if node.is_running or _process(node.pid) is None}
     found = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
+        pid = int(entry.name)
         try:
-            # Of a zombie, and of a process of somebody else, there is nothing to read.
-            if wanted in (entry / "environ").read_bytes().split(b"\0"):
-                found.append(int(entry.name))
+            marked = wanted in (entry / "environ").read_bytes().split(b"\0")
+            if (marked or os.getsid(pid) in sessions) and _process(pid) is not None:
+                found.append(pid)
         except OSError:
-            continue
+            continue  # it has ended, or is somebody else's
     return found
 
 
 def _prepare(folder: Path, cpus_per_node: int) -> RayCluster:
     folder.mkdir(parents=True, exist_ok=True)
-    ports = _free_ports(2)
+    port, dashboard_port, client_port = _free_ports(3)
     cluster = RayCluster(
         folder=str(folder.absolute()),
         mark=secrets.token_hex(8),
         temporary=tempfile.mkdtemp(prefix="sixfold-ray-", dir="/tmp"),
-        port=ports[0],
-        dashboard_port=ports[1],
+        port=port,
+        dashboard_port=dashboard_port,
+        client_port=client_port,
         cpus_per_node=cpus_per_node,
     )
     write_token(cluster.token_file)
@@ -287,12 +303,12 @@ def _record(cluster: RayCluster) -> RayCluster:
     return cluster
 
 
-def _end_all(mark: str) -> int:
-    """End all processes with the mark: first asked, then not; new ones may appear while old ones go."""
+def _end_all(cluster: RayCluster) -> int:
+    """End all of a cluster's processes: first asked, then not; new ones may appear while old ones go."""
     ended: set[int] = set()
     deadline_s = time.monotonic() + _STOP_TIMEOUT_S
     number = signal.SIGTERM
-    while found := processes_of(mark):
+    while found := processes_of(cluster):
         if time.monotonic() > deadline_s:
             number = signal.SIGKILL
         for pid in found:
@@ -306,38 +322,27 @@ def _end_all(mark: str) -> int:
 
 
 def _send(pid: int, number: int) -> None:
-    try:
+    with suppress(ProcessLookupError):  # it was faster
         os.kill(pid, number)
-    except ProcessLookupError:
-        pass  # it was faster
 
 
 def _reap(pid: int) -> None:
     """Forget a child of this very process; others are reaped by their own parents."""
-    try:
+    with suppress(ChildProcessError):
         os.waitpid(pid, os.WNOHANG)
-    except ChildProcessError:
-        pass
 
 
-def _takes_jobs(cluster: RayCluster) -> bool:
-    return _ask(f"{cluster.dashboard}/api/version", cluster.token_file) is not None
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex((_node_host(0), port)) == 0
 
 
-def _ask(url: str, token_file: Path) -> Any:
-    """Get JSON from a head, None while it does not answer."""
-    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token_file.read_text().strip()}"})
+def _joined(cluster: RayCluster) -> int:
+    """How many nodes the head counts; 0 while it does not answer, or the agent that starts drivers does not listen."""
     try:
-        with urllib.request.urlopen(request, timeout=10.0) as reply:
-            return json.load(reply)
-    except urllib.error.HTTPError as error:
-        if error.code in (401, 403):
-            raise EnvironmentFault.of(
-                "the Ray cluster refuses the token", where=f"{url}, token in {token_file}", fix="use the cluster's own"
-            ) from error
-        return None
-    except (OSError, ValueError):
-        return None
+        return len(cluster.server.nodes()) if _listens(cluster.nodes[0].agent_port) else 0
+    except EnvironmentFault:
+        return 0
 
 
 def _last_lines(cluster: RayCluster, number: int) -> str:
@@ -382,6 +387,6 @@ def describe(cluster: RayCluster) -> Mapping[str, Any]:
         "token_file": str(cluster.token_file),
         "nodes": len(cluster.nodes),
         "nodes_running": sum(alive),
-        "nodes_joined": alive_nodes(cluster.dashboard, cluster.token_file) if alive and alive[0] else 0,
+        "nodes_joined": _joined(cluster) if alive and alive[0] else 0,
         "cpus_per_node": cluster.cpus_per_node,
     }
