@@ -37,7 +37,9 @@ def request(count=16, start=0, seed=5, **conditions):
 def exact_samples(objective, config, count=16):
     """Carry the sampler's own starting noise to clean data by the exact flow map of Gaussian data."""
     path = objective.path.load()(objective.path)
-    at = path.coefficients(solver_times(config.grid, path, objective.prediction, config.steps)[0])
+    at = path.coefficients(
+        solver_times(config.grid, path, config.steps, needs_signal=objective.prediction == "noise")[0]
+    )
     x = at.sigma * PositionRandom(5, torch.arange(count)).normal("sampling/noise", (1, 4, 4)).double()
     variance = at.alpha**2 * STD**2 + at.sigma**2
     return MEAN + STD / variance.sqrt() * (x - at.alpha * MEAN)
@@ -81,7 +83,7 @@ def test_euler_on_a_variance_preserving_path_is_ddim():
     network = ExactDenoiser(objective, gaussian_posterior(MEAN, STD))
     image = FlowSampler(config, objective, {"denoiser": Unconditional()})({"denoiser": network}, request())["image"]
     path = objective.path.load()(objective.path)
-    times = [*solver_times(config.grid, path, "noise", 10).tolist(), 0.0]
+    times = [*solver_times(config.grid, path, 10, needs_signal=True).tolist(), 0.0]
     x = PositionRandom(5, torch.arange(16)).normal("sampling/noise", (1, 4, 4))
     x = x * path.coefficients(torch.tensor(times[0])).sigma
     for now, then in pairwise(times):
@@ -190,7 +192,7 @@ def test_guidance_without_conditions_and_unknown_conditions_are_refused():
 
 def test_the_edm_grid_is_the_published_one():
     path = EDMPathConfig().load()(EDMPathConfig())
-    times = solver_times(EDMGridConfig(), path, "edm", 18)
+    times = solver_times(EDMGridConfig(), path, 18, needs_signal=False)
     index = torch.arange(18, dtype=torch.float64)
     expected = (80 ** (1 / 7) + index / 17 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
     torch.testing.assert_close(times, expected)
@@ -198,8 +200,8 @@ def test_the_edm_grid_is_the_published_one():
 
 def test_the_uniform_grid_shifts_like_training_times():
     path = RectifiedFlowConfig().load()(RectifiedFlowConfig())
-    plain = solver_times(UniformGridConfig(), path, "velocity", 10)
+    plain = solver_times(UniformGridConfig(), path, 10, needs_signal=False)
     torch.testing.assert_close(plain, torch.linspace(1.0, 0.1, 10, dtype=torch.float64))
     torch.testing.assert_close(
-        solver_times(UniformGridConfig(shift=3.0), path, "velocity", 10), 3 * plain / (1 + 2 * plain)
+        solver_times(UniformGridConfig(shift=3.0), path, 10, needs_signal=False), 3 * plain / (1 + 2 * plain)
     )

@@ -43,6 +43,31 @@ class VPLinearConfig(Component):
         return self
 
 
+class VPDiscreteConfig(Component):
+    """Variance preserving in discrete steps: DDPM's own table of noise levels (Ho et al., 2006.11239)."""
+
+    implementation: ClassVar[str] = "sixfold.paths.discrete:VariancePreservingDiscrete"
+    type: Literal["vp_discrete"] = Field(
+        "vp_discrete", description="DDPM's table of noise levels, step k of N at time k / N."
+    )
+    steps: int = Field(1000, ge=2, le=100_000, description="Noise levels N of the table.")
+    schedule: Literal["linear", "scaled_linear", "cosine"] = Field(
+        "linear",
+        description="Betas linear in the step (DDPM), linear in their root (Stable Diffusion 1), or improved DDPM's.",
+    )
+    beta_first: float = Field(1e-4, gt=0, lt=1, description="Variance that the first step adds; not for cosine.")
+    beta_last: float = Field(0.02, gt=0, lt=1, description="Variance that the last step adds; not for cosine.")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> VPDiscreteConfig:
+        if self.beta_last < self.beta_first:
+            raise ValueError(
+                f"beta_last must not be below beta_first, got beta_first={self.beta_first} and "
+                f"beta_last={self.beta_last}; 0.0001 and 0.02 are usual"
+            )
+        return self
+
+
 class VPCosineConfig(Component):
     """Variance preserving with the cosine schedule (Nichol and Dhariwal, 2102.09672, eq. 17)."""
 
@@ -82,7 +107,8 @@ class EDMPathConfig(Component):
 
 
 PathConfig = Annotated[
-    RectifiedFlowConfig | VPLinearConfig | VPCosineConfig | VEConfig | EDMPathConfig, Field(discriminator="type")
+    RectifiedFlowConfig | VPLinearConfig | VPDiscreteConfig | VPCosineConfig | VEConfig | EDMPathConfig,
+    Field(discriminator="type"),
 ]
 
 
@@ -102,6 +128,13 @@ class UniformTimeConfig(_TimeConfig):
     """Times uniform over the path's interval."""
 
     type: Literal["uniform"] = Field("uniform", description="Uniform over the path's interval.")
+
+
+class DiscreteTimeConfig(_TimeConfig):
+    """Times k / N of the path's interval, k = 1 .. N with equal probability (DDPM, 2006.11239, algorithm 1)."""
+
+    type: Literal["discrete"] = Field("discrete", description="One of N evenly spaced times, the clean end left out.")
+    steps: int = Field(1000, ge=1, le=100_000, description="How many times N there are.")
 
 
 class LogitNormalTimeConfig(_TimeConfig):
@@ -135,7 +168,8 @@ class LogNormalTimeConfig(_TimeConfig):
 
 
 TimeConfig = Annotated[
-    UniformTimeConfig | LogitNormalTimeConfig | ModeTimeConfig | LogNormalTimeConfig, Field(discriminator="type")
+    UniformTimeConfig | DiscreteTimeConfig | LogitNormalTimeConfig | ModeTimeConfig | LogNormalTimeConfig,
+    Field(discriminator="type"),
 ]
 
 
@@ -163,6 +197,29 @@ class EDMWeightingConfig(Config):
 WeightingConfig = Annotated[
     UniformWeightingConfig | MinSNRWeightingConfig | EDMWeightingConfig, Field(discriminator="type")
 ]
+
+
+class IndependentCouplingConfig(Config):
+    """Data and noise as they come."""
+
+    type: Literal["independent"] = Field("independent", description="Every sample with noise of its own.")
+
+
+class OptimalTransportCouplingConfig(Config):
+    """Noise dealt out anew within groups of samples, so that paths cross less (2302.00482; 2304.14772)."""
+
+    type: Literal["optimal_transport"] = Field(
+        "optimal_transport", description="Pair data and noise within each group by the least total squared distance."
+    )
+    group: int = Field(
+        32,
+        ge=2,
+        le=1024,
+        description="Samples in a group: consecutive positions. Every micro-batch is whole groups.",
+    )
+
+
+CouplingConfig = Annotated[IndependentCouplingConfig | OptimalTransportCouplingConfig, Field(discriminator="type")]
 
 
 def _require_ordered_sigmas(sigma_min: float, sigma_max: float) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sixfold.paths.affine import AffinePath
 from sixfold.paths.config import (
+    DiscreteTimeConfig,
     LogitNormalTimeConfig,
     LogNormalTimeConfig,
     ModeTimeConfig,
@@ -30,6 +31,8 @@ def time_at_quantile(config: TimeConfig, path: AffinePath, quantile: Float[Tenso
             return path.time_at(torch.ones_like(ratio), config.shift * ratio)
         case UniformTimeConfig():
             fraction = quantile
+        case DiscreteTimeConfig():
+            fraction = (torch.ceil(quantile * config.steps) / config.steps).clamp(min=1.0 / config.steps)
         case LogitNormalTimeConfig():
             fraction = torch.sigmoid(config.mean + config.std * torch.special.ndtri(quantile))
         case ModeTimeConfig():

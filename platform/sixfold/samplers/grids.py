@@ -9,20 +9,25 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from sixfold.paths.affine import AffinePath
-from sixfold.paths.config import Prediction
 from sixfold.samplers.config import EDMGridConfig, GridConfig, UniformGridConfig
 
-_LARGEST_RATIO_OF_NOISE_PREDICTION = 150.0
-"""Where sampling by predicted noise starts, as a noise-to-signal ratio (VP's own at t=1): pure noise tells nothing of
-the data."""
+_LARGEST_RATIO = 150.0
+"""Where sampling starts that needs a trace of the data (VP's own noise-to-signal ratio at t=1): predicted noise tells
+nothing of the data where there is nothing but noise, and a reverse SDE drifts infinitely fast there."""
 
 
-def solver_times(config: GridConfig, path: AffinePath, prediction: Prediction, steps: int) -> Float64[Tensor, " steps"]:
-    """Return the falling times at which each step starts; the last one ends at clean data."""
+def first_time(path: AffinePath, *, needs_signal: bool) -> Float64[Tensor, ""]:
+    """Return where sampling starts: at the path's noisy end, or where a trace of signal is left."""
     start = torch.tensor(path.time_noise, dtype=torch.float64)
-    if prediction == "noise":
-        limit = torch.tensor(_LARGEST_RATIO_OF_NOISE_PREDICTION, dtype=torch.float64)
-        start = path.time_at(torch.ones_like(limit), limit)
+    if not needs_signal:
+        return start
+    limit = torch.tensor(_LARGEST_RATIO, dtype=torch.float64)
+    return path.time_at(torch.ones_like(limit), limit)
+
+
+def solver_times(config: GridConfig, path: AffinePath, steps: int, *, needs_signal: bool) -> Float64[Tensor, " steps"]:
+    """Return the falling times at which each step starts; the last one ends at clean data."""
+    start = first_time(path, needs_signal=needs_signal)
     match config:
         case UniformGridConfig():
             end = torch.tensor(path.time_data, dtype=torch.float64)

@@ -8,8 +8,11 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from sixfold.models.settings import Capability
+from sixfold.objectives.conditioning.config import EncodersConfig, trained_encoders
 from sixfold.objectives.settings import Fit, ObjectiveSettings
 from sixfold.paths.config import (
+    CouplingConfig,
+    IndependentCouplingConfig,
     PathConfig,
     Prediction,
     RectifiedFlowConfig,
@@ -26,16 +29,34 @@ class DenoisingConfig(ObjectiveSettings):
     implementation: ClassVar[str] = "sixfold.objectives.denoising.objective:Denoising"
     fit: ClassVar[Fit] = Fit(
         modality="image",
-        samplers=("euler", "heun"),
+        samplers=("euler", "heun", "dpm_solver", "ddim", "ancestral", "sde", "rk45"),
         metrics=("loss", "fd", "kid", "nearest_neighbour", "conditional_accuracy"),
     )
 
     type: Literal["denoising"] = Field("denoising", description="Learn to undo the noise of a probability path.")
     network: str = Field("denoiser", min_length=1, description="Name in `networks` of the denoiser.")
+    encoders: EncodersConfig = Field(default_factory=dict)
+    codec: str | None = Field(
+        None,
+        min_length=1,
+        description="Name in `networks` of the trained codec whose latents the data hold; frozen, it decodes samples.",
+    )
     path: PathConfig = Field(RectifiedFlowConfig(), description="How data becomes noise.")
     time: TimeConfig = Field(UniformTimeConfig(), description="Distribution of training times.")
     prediction: Prediction = Field("velocity", description="What the network predicts; the loss is its squared error.")
     weighting: WeightingConfig = Field(UniformWeightingConfig(), description="Weight of the loss by noise level.")
+    uncertainty: str | None = Field(
+        None,
+        min_length=1,
+        description="Name in `networks` of a noise_uncertainty network that learns the loss at each time (EDM2).",
+    )
+    coupling: CouplingConfig = Field(IndependentCouplingConfig(), description="Which noise goes with which sample.")
+    offset_noise: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Standard deviation of noise that all pixels of a channel share; 0.1 is usual where it is used.",
+    )
     data_std: float = Field(
         0.5, gt=0, description="Standard deviation of the data, used by EDM's preconditioning and weighting alone."
     )
@@ -46,12 +67,29 @@ class DenoisingConfig(ObjectiveSettings):
         description="Probability of replacing each condition by its null value, so that guidance can be used.",
     )
 
+    guide: str | None = Field(
+        None, min_length=1, description="Name in `networks` of a weaker, trained denoiser for autoguidance; frozen."
+    )
+
     @property
     def needs(self) -> Mapping[str, Capability]:
-        """The denoiser."""
-        return {self.network: "denoiser"}
+        """The denoiser, and the uncertainty, guide, codec and text encoders where they are named."""
+        needs: dict[str, Capability] = {self.network: "denoiser"}
+        if self.uncertainty is not None:
+            needs[self.uncertainty] = "uncertainty"
+        if self.guide is not None:
+            needs[self.guide] = "denoiser"
+        if self.codec is not None:
+            needs[self.codec] = "codec"
+        return needs | dict.fromkeys(self.encoders, "text_encoder")
 
     @property
     def trains(self) -> Mapping[str, str]:
-        """One role, `denoiser`."""
-        return {"denoiser": self.network}
+        """The roles `denoiser`, `uncertainty` where it is named, and the text encoders that are not frozen."""
+        uncertainty = {} if self.uncertainty is None else {"uncertainty": self.uncertainty}
+        return {"denoiser": self.network} | uncertainty | trained_encoders(self.encoders)
+
+    @property
+    def latents_of(self) -> str | None:
+        """The codec."""
+        return self.codec

@@ -12,10 +12,13 @@ from torch import Tensor
 from sixfold.distributed.randomness import PositionRandom
 from sixfold.errors import DataError, RecipeError
 from sixfold.models.trained.network import TrainedNetwork
+from sixfold.objectives.conditioning.conditioning import Conditioning
 from sixfold.objectives.contract import Batch, LossTerms, Networks, Phase, Progress, Role, Sum
 from sixfold.objectives.denoising.config import DenoisingConfig
+from sixfold.objectives.latents import clean_data
 from sixfold.objectives.stratification import stratified_quantiles
 from sixfold.paths.affine import AffinePath
+from sixfold.paths.couplings import coupled
 from sixfold.paths.predictions import Endpoints, express, network_input
 from sixfold.paths.times import time_at_quantile
 from sixfold.paths.weightings import loss_weight
@@ -65,6 +68,16 @@ class _Draw(NamedTuple):
     condition: Mapping[str, Tensor]
 
 
+class _Loss(NamedTuple):
+    """By sample: what is minimised, and the weighted squared error in it."""
+
+    total: Float[Tensor, " n"]
+    error: Float[Tensor, " n"]
+
+    def detached(self) -> _Loss:
+        return _Loss(self.total.detach(), self.error.detach())
+
+
 class Denoising:
     """|prediction - target|^2, a mean over dimensions and a sum over samples, with weights by noise level.
 
@@ -73,63 +86,92 @@ class Denoising:
 
     def __init__(self, config: DenoisingConfig, networks_config: Mapping[str, object]) -> None:
         self.config = config
-        self.roles: Mapping[str, Role] = {"denoiser": Role(kind="trainable", network=config.network)}
+        denoiser = denoiser_config(networks_config, config.network)
+        self.conditioning = Conditioning(config.encoders, networks_config, denoiser)
+        frozen = {"guide": config.guide, "codec": config.codec}
+        self.roles: Mapping[str, Role] = {
+            **{role: Role(kind="trainable", network=network) for role, network in config.trains.items()},
+            **{role: Role(kind="frozen", network=network) for role, network in frozen.items() if network is not None},
+            **self.conditioning.roles,
+        }
         self.path: AffinePath = config.path.load()(config.path)
-        self.null_values = denoiser_config(networks_config, config.network).null_values
 
     def phases(self, progress: Progress) -> Sequence[Phase]:
-        """One phase: the denoiser trains at every step."""
-        return (Phase(name="main", trains=("denoiser",)),)
+        """One phase: all that trains does so at every step."""
+        return (Phase(name="main", trains=tuple(self.config.trains)),)
 
     def __call__(self, nets: Networks, batch: Batch, phase: Phase, random: PositionRandom) -> LossTerms:
         """Return the weighted squared error at random times, with each condition dropped at random."""
-        conditions = self._conditions(batch)
-        for name, null in self.null_values.items():
-            dropped = random.uniform(f"denoising/drop/{name}") < self.config.label_drop
-            conditions[name] = conditions[name].masked_fill(dropped, null)
-        draw = _Draw(
-            random.uniform("denoising/time"), random.normal("denoising/noise", batch["image"].shape[1:]), conditions
-        )
-        loss = self._loss(nets, batch["image"], draw)
-        return LossTerms(loss.sum(), _count(loss), metrics=_loss_by_quarter(loss.detach(), draw.quantile))
+        inputs = self.conditioning.dropped(self._conditions(batch), random, self.config.label_drop)
+        data = clean_data(batch, random)
+        noise = self._noise(data, batch, random, "noise", whole_groups=True)
+        draw = _Draw(random.uniform("denoising/time"), noise, self.conditioning.encode(nets, inputs))
+        loss = self._loss(nets, data, draw)
+        return LossTerms(loss.total.sum(), _count(loss.total), metrics=self._metrics(loss.detached(), draw.quantile))
 
     @torch.no_grad()
     def evaluate(self, nets: Networks, batch: Batch, random: PositionRandom) -> Mapping[str, Sum]:
         """Return the same loss at times stratified over positions, with noise of its own and no condition dropped."""
-        draw = _Draw(
-            stratified_quantiles(batch.positions),
-            random.normal("denoising/evaluation_noise", batch["image"].shape[1:]),
-            self._conditions(batch),
-        )
-        loss = self._loss(nets, batch["image"], draw)
-        return {"loss": Sum(loss.sum(), _count(loss)), **_loss_by_quarter(loss, draw.quantile)}
+        data = clean_data(batch, random)
+        noise = self._noise(data, batch, random, "evaluation_noise", whole_groups=False)
+        inputs = self.conditioning.inputs(self._conditions(batch))
+        draw = _Draw(stratified_quantiles(batch.positions), noise, self.conditioning.encode(nets, inputs))
+        loss = self._loss(nets, data, draw)
+        return {"loss": Sum(loss.total.sum(), _count(loss.total)), **self._metrics(loss, draw.quantile)}
 
     def after_step(self, nets: Networks, statistics: Mapping[str, Tensor], progress: Progress) -> None:
         """Nothing is learnt but by gradient."""
 
-    def _loss(self, nets: Networks, data: Float[Tensor, "n ..."], draw: _Draw) -> Float[Tensor, " n"]:
-        """Return the weighted squared error of each sample, a mean over its dimensions, in fp32."""
+    def _noise(
+        self, data: Float[Tensor, "n ..."], batch: Batch, random: PositionRandom, purpose: str, *, whole_groups: bool
+    ) -> Float[Tensor, "n ..."]:
+        """Draw each sample's noise, paired with the data as the coupling says."""
+        noise = random.normal(f"denoising/{purpose}", data.shape[1:])
+        if self.config.offset_noise > 0:
+            channels = (data.shape[1], *[1] * (data.ndim - 2))
+            noise = noise + self.config.offset_noise * random.normal(f"denoising/{purpose}/offset", channels)
+        return coupled(self.config.coupling, data, noise, batch.positions, whole_groups=whole_groups)
+
+    def _loss(self, nets: Networks, data: Float[Tensor, "n ..."], draw: _Draw) -> _Loss:
+        """Return the loss of each sample, in fp32.
+
+        The squared error is a mean over dimensions, weighted by the noise level. With learnt uncertainty it is divided
+        by e^u, which costs u: the best u(t) is the log of the mean error at t, so that in the end all times weigh alike
+        (EDM2, 2312.02696, eq. 21).
+        """
         kind, data_std = self.config.prediction, self.config.data_std
         time = time_at_quantile(self.config.time, self.path, draw.quantile)
         at = self.path.coefficients(time)
         wide = at.broadcast(data)
         seen, seen_time = network_input(wide.alpha * data + wide.sigma * draw.noise, time, at, kind, data_std)
         predicted: Tensor = nets["denoiser"](seen, seen_time, draw.condition).float()
-        error = predicted - express(Endpoints(data, draw.noise), kind, at, data_std)
+        difference = predicted - express(Endpoints(data, draw.noise), kind, at, data_std)
         weight: Tensor = loss_weight(self.config.weighting, kind, at, data_std)
-        return weight * error.square().flatten(1).mean(1)
+        error = weight * difference.square().flatten(1).mean(1)
+        if self.config.uncertainty is None:
+            return _Loss(error, error)
+        log_scale: Tensor = nets["uncertainty"](torch.log(at.sigma / at.alpha)).float()
+        return _Loss(error * torch.exp(-log_scale) + log_scale, error)
+
+    def _metrics(self, loss: _Loss, quantile: Float[Tensor, " n"]) -> dict[str, Sum]:
+        metrics = _loss_by_quarter(loss.total, quantile)
+        if self.config.uncertainty is not None:
+            metrics["squared_error"] = Sum(loss.error.sum(), _count(loss.error))
+        return metrics
 
     def _conditions(self, batch: Batch) -> dict[str, Tensor]:
         """Return the batch fields that the network is conditioned on."""
-        missing = [name for name in self.null_values if name not in batch.fields]
+        wanted = self.conditioning.null_values
+        missing = [name for name in wanted if name not in batch.fields]
         if missing:
             raise DataError.of(
                 f"network {self.config.network!r} is conditioned on {', '.join(missing)}, which the data lack",
                 where=f"networks.{self.config.network}",
                 allowed=f"the data have {', '.join(batch.fields)}",
-                fix="use data with these fields, or make the network unconditional (for a DiT: classes=0)",
+                fix="use data with these fields (captions: kind image-text), or make the network unconditional (for a "
+                "DiT: classes=0)",
             )
-        return {name: batch[name] for name in self.null_values}
+        return {name: batch[name] for name in wanted}
 
 
 def _count(loss: Float[Tensor, " n"]) -> Tensor:
