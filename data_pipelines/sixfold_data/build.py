@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sixfold.errors import DataError, EnvironmentFault, Fault
-from sixfold_data.index import FORMAT, MANIFEST_NAME, Kind, Manifest
+from sixfold_data.index import FORMAT, MANIFEST_NAME, Kind, LatentsEntry, Manifest
 from sixfold_data.shards import DEFAULT_SHARD_BYTES, SplitWriter
 from sixfold_data.store import write_atomically
 
@@ -102,6 +102,7 @@ class Building:
         tokenizer: Mapping[str, str] | None = None,
         image_size: tuple[int, int] | None = None,
         channels: int | None = None,
+        latents: LatentsEntry | None = None,
         remarks: Sequence[str] = (),
     ) -> BuildReport:
         """Write index and manifest and give the data set its name; ``remarks`` are what the user should know of it.
@@ -123,6 +124,7 @@ class Building:
             "tokenizer": None if tokenizer is None else dict(tokenizer),
             "image_size": image_size,
             "channels": channels,
+            "latents": latents,
             "splits": {split: writer.finish() for split, writer in self.writers.items()},
         }
         manifest = Manifest(**fields).sealed()

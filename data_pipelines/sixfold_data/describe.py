@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from sixfold.errors import DataError
 from sixfold_data.config import DataConfig
-from sixfold_data.index import Kind, Manifest, read_manifest
+from sixfold_data.index import Kind, LatentsEntry, Manifest, read_manifest
 from sixfold_data.store import open_store
 from sixfold_data.tokenizers import Tokenizer, make_tokenizer
 
@@ -28,6 +28,7 @@ class DataInfo:
         vocabulary_size: tokens of the tokenizer, None without one.
         tokenizer: of text or captions, None without.
         fingerprint: SHA-256 of the content.
+        latents: what latents are and which codec decodes them; ``image_size`` and ``channels`` are then the latents'.
     """
 
     kind: Kind
@@ -40,6 +41,12 @@ class DataInfo:
     vocabulary_size: int | None
     tokenizer: Tokenizer | None
     fingerprint: str
+    latents: LatentsEntry | None = None
+
+    @property
+    def captioned(self) -> bool:
+        """Whether each sample has a caption."""
+        return self.kind != "text" and self.tokenizer is not None
 
 
 def combined_fingerprint(manifests: Sequence[Manifest]) -> str:
@@ -51,14 +58,20 @@ def combined_fingerprint(manifests: Sequence[Manifest]) -> str:
 def check_alike(manifests: Sequence[Manifest], paths: Sequence[str]) -> None:
     """Raise DataError unless all data sets of a mixture make batches of the same fields and shapes."""
     for manifest, path in zip(manifests, paths, strict=True):
-        for name in ("kind", "classes", "tokenizer", "image_size", "channels"):
-            expected, found = getattr(manifests[0], name), getattr(manifest, name)
+        for name in ("kind", "classes", "tokenizer", "image_size", "channels", "latents"):
+            expected, found = _comparable(manifests[0], name), _comparable(manifest, name)
             if expected != found:
                 raise DataError.of(
                     f"{name} is {found!r}, but {expected!r} in {paths[0]}",
                     where=path,
                     fix=f"mix only data sets with the same {name}",
                 )
+
+
+def _comparable(manifest: Manifest, name: str) -> object:
+    """A property of a data set, less what a mixture need not share: its latents' source."""
+    value = getattr(manifest, name)
+    return value.model_copy(update={"source": ""}) if isinstance(value, LatentsEntry) else value
 
 
 def describe(config: DataConfig) -> DataInfo:
@@ -83,6 +96,9 @@ def describe(config: DataConfig) -> DataInfo:
         }
     tokenizer = None if first.tokenizer is None else make_tokenizer(first.tokenizer)
     size = first.image_size if config.image_size is None else (config.image_size, config.image_size)
+    channels: int | None = first.channels
+    if first.latents is not None:
+        size, channels = first.latents.size, first.latents.channels
     return DataInfo(
         kind=first.kind,
         samples=samples,
@@ -90,8 +106,9 @@ def describe(config: DataConfig) -> DataInfo:
         sequences=sequences,
         classes=first.classes,
         image_size=None if first.kind == "text" else size,
-        channels=None if first.kind == "text" else first.channels,
+        channels=None if first.kind == "text" else channels,
         vocabulary_size=None if tokenizer is None else tokenizer.vocabulary_size,
         tokenizer=tokenizer,
         fingerprint=combined_fingerprint(manifests),
+        latents=first.latents,
     )

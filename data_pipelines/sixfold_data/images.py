@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from jaxtyping import Int64
 from torch import Tensor
 
 from sixfold.errors import DataError
@@ -14,7 +15,7 @@ from sixfold_data.decode import IMAGE_EXTENSIONS, UndecodableError, decode_image
 from sixfold_data.index import Manifest
 from sixfold_data.members import MemberReader, Row, Unreadable, epoch_order
 from sixfold_data.order import EpochOrder, Places
-from sixfold_data.tokenizers import make_tokenizer
+from sixfold_data.tokenizers import Tokenizer, make_tokenizer
 
 
 class ImageSource:
@@ -93,12 +94,20 @@ class ImageSource:
         return (pixels, *caption)
 
     def _caption(self, text: bytes) -> np.ndarray:
-        """Return a caption's tokens, cut to leave room for one end of text and padded with it."""
         assert self._tokenizer is not None
-        tokens = np.full(self._caption_length, self._tokenizer.end_of_text, dtype=np.int64)
-        encoded = self._tokenizer.encode(text.decode("utf-8").strip())[: self._caption_length - 1]
-        tokens[: len(encoded)] = encoded
-        return tokens
+        return encode_caption(self._tokenizer, text, self._caption_length)
+
+
+def encode_caption(tokenizer: Tokenizer, text: bytes, length: int) -> Int64[np.ndarray, " length"]:
+    """Return a caption's tokens, cut to leave room for one end of text and padded with it.
+
+    Raises:
+        UnicodeDecodeError: the text is not UTF-8.
+    """
+    tokens = np.full(length, tokenizer.end_of_text, dtype=np.int64)
+    encoded = tokenizer.encode(text.decode("utf-8").strip())[: length - 1]
+    tokens[: len(encoded)] = encoded
+    return tokens
 
 
 def stored_image_shape(config: DataConfig, manifest: Manifest, where: str) -> tuple[int, int, int]:

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 FORMAT = "sixfold-data/1"
 MANIFEST_NAME = "dataset.json"
 DEMO_NAMES = ("digits", "stdlib", "scenes")
-Kind = Literal["text", "images", "image-text"]
+Kind = Literal["text", "images", "image-text", "latents"]
 
 
 class ShardEntry(Config):
@@ -76,6 +76,23 @@ class SplitEntry(Config):
     columns: dict[str, ColumnEntry] = Field(description="Columns by name; each is <split>/index/<name>.npy.")
 
 
+class LatentsEntry(Config):
+    """What the latents of a data set are, and which codec decodes them."""
+
+    codec: str = Field(description="SHA-256 of the codec's weights: only that codec decodes these latents.")
+    source: str = Field(description="Fingerprint of the images that were encoded.")
+    form: Literal["moments", "codes"] = Field(
+        description="Each posterior's mean and log-variance, stacked along channels in fp16; or integer codes."
+    )
+    channels: int = Field(ge=1, description="Channels of a latent (1 for codes).")
+    size: tuple[int, int] = Field(description="Height and width of a latent.")
+    codebook_size: int | None = Field(default=None, description="How many different codes there are.")
+    mean: tuple[float, ...] = Field(default=(), description="Mean of each channel over the training split (moments).")
+    std: tuple[float, ...] = Field(
+        default=(), description="Standard deviation of each channel's posterior samples over it (moments)."
+    )
+
+
 class Manifest(Config):
     """``dataset.json``."""
 
@@ -89,12 +106,17 @@ class Manifest(Config):
         default=None, description="Height and width in pixels, when all images share them."
     )
     channels: Literal[1, 3] | None = Field(default=None, description="1 (grey) or 3 (RGB), for images.")
+    latents: LatentsEntry | None = Field(
+        default=None, description="For kind latents, whose image_size and channels are those of the images encoded."
+    )
     splits: dict[str, SplitEntry] = Field(description="Splits by name.")
     fingerprint: str = Field(default="", description="SHA-256 of everything above except etags.")
 
     def computed_fingerprint(self) -> str:
         """Hash the manifest's content, etags and the recorded fingerprint left out."""
         content = self.model_dump(mode="json", exclude={"fingerprint"})
+        if content["latents"] is None:
+            del content["latents"]  # so that data sets without keep the fingerprints they had before there were any
         for split in content["splits"].values():
             for shard in split["shards"]:
                 del shard["etag"]

@@ -11,6 +11,7 @@ from sixfold.errors import DataError
 from sixfold_data.config import DataConfig
 from sixfold_data.images import ImageSource
 from sixfold_data.index import Manifest, open_split, read_manifest
+from sixfold_data.latents import LatentSource
 from sixfold_data.members import MemberReader, Row, Unreadable
 from sixfold_data.order import EpochOrder, Places
 from sixfold_data.store import open_store
@@ -71,4 +72,6 @@ def open_source(config: DataConfig, path: str, split: str, *, seed: int | None, 
             where=path,
             fix="remove data.sequence_length, or name a text data set",
         )
+    if manifest.kind == "latents":
+        return LatentSource(config, manifest, members, seed=seed, lanes=lanes)
     return ImageSource(config, manifest, members, seed=seed, lanes=lanes)

@@ -51,15 +51,18 @@ def launch(
     max_restarts: int = 0,
     inherited: Sequence[int] = (),
     on_restart: Callable[[str], None] = print,
+    module: str = WORKER_MODULE,
 ) -> Outcome:
     """Start ``ranks`` workers on a run folder, wait for them, and restart all of them when one was killed.
+
+    A worker is ``python -m <module> <run folder>``.
 
     The workers keep the ``inherited`` descriptors open. SIGINT and SIGTERM are passed on to them, so that they save at
     the next step boundary and end.
     """
     restarts = 0
     while True:
-        outcome = _launch_once(run_folder, ranks, inherited)
+        outcome = _launch_once(run_folder, ranks, inherited, module)
         if not outcome.killed or restarts == max_restarts:
             return outcome
         restarts += 1
@@ -69,8 +72,8 @@ def launch(
         )
 
 
-def _launch_once(run_folder: Path, ranks: int, inherited: Sequence[int]) -> Outcome:
-    command = [sys.executable, "-m", WORKER_MODULE, str(run_folder)]
+def _launch_once(run_folder: Path, ranks: int, inherited: Sequence[int], module: str) -> Outcome:
+    command = [sys.executable, "-m", module, str(run_folder)]
     shared = rendezvous(ranks)
     workers = [
         # A session of their own: Ctrl-C in a terminal reaches the ranks once, through this process.

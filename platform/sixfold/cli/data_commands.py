@@ -57,6 +57,8 @@ class DemoName(StrEnum):
 
 def register(app: typer.Typer) -> None:
     """Add ``data`` and its commands to the app."""
+    from sixfold.cli.encode_command import encode
+
     data = typer.Typer(
         help="Build, index, inspect and verify data sets.",
         epilog="Start with: sixfold data build images PHOTOS --out data/photos",
@@ -69,6 +71,9 @@ def register(app: typer.Typer) -> None:
     data.command(epilog="Example: sixfold data inspect data/digits --out grid.png")(inspect)
     data.command(epilog="Example: sixfold data verify data/digits --json")(verify)
     data.command(epilog="Example: sixfold data demo digits --out data/digits")(demo)
+    data.command(epilog="Example: sixfold data encode runs/codec/kl-smoke/ID data/scenes --out data/scenes-latents")(
+        encode
+    )
     app.add_typer(data, name="data")
 
 
@@ -106,7 +111,7 @@ def build(
             progress=told,
         )
         report = _build(kind, source, options, tokenizer.value, image_size)
-    _print_build(report, as_json)
+    print_build(report, as_json)
 
 
 def _build(kind: BuildKind, source: Path, options: BuildOptions, tokenizer: str, image_size: int | None) -> BuildReport:
@@ -142,7 +147,7 @@ def demo(
                 report = build_stdlib(options, max_bytes)
             case DemoName.SCENES:
                 report = build_scenes(options, samples, image_size)
-    _print_build(report, as_json)
+    print_build(report, as_json)
 
 
 def index(
@@ -291,7 +296,8 @@ def _class_names(file: Path | None) -> tuple[str, ...]:
         raise DataError.of(f"the class names cannot be read: {error}", where=str(file)) from error
 
 
-def _print_build(report: BuildReport, as_json: bool) -> None:
+def print_build(report: BuildReport, as_json: bool) -> None:
+    """Print what a build made."""
     if as_json:
         _print_json(report)
         return

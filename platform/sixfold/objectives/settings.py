@@ -49,3 +49,8 @@ class ObjectiveSettings(Component):
     def role_names(self) -> tuple[str, ...]:
         """The trainable roles; `roles.<role>` in a recipe overrides their settings."""
         return tuple(self.trains)
+
+    @property
+    def latents_of(self) -> str | None:
+        """The name in `networks` of the codec whose latents are learned; None where the data are taken as they are."""
+        return None

@@ -1,0 +1,60 @@
+"""Which codec latents belong to: a hash of its weights, checked before anything trains on them or decodes them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from sixfold.errors import RecipeError
+from sixfold.models.trained.network import NetworksConfig, TrainedNetwork
+from sixfold.recipe.recipe import Recipe
+from sixfold.train.roles import read_trained
+from sixfold_data.describe import DataInfo
+
+
+def codec_hash(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, shapes and values of all weights, in the order of their names."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        value = weights[name].detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def check_codec(recipe: Recipe, networks: NetworksConfig, info: DataInfo) -> None:
+    """Check that data and codec belong together.
+
+    Raises:
+        RecipeError: the data hold latents and the objective names no codec, or the other way round; or the latents are
+            another codec's.
+    """
+    name = recipe.objective.latents_of
+    if (name is None) != (info.latents is None):
+        raise RecipeError.of(
+            "the data hold latents, and the objective names no codec to decode samples with"
+            if name is None
+            else f"objective.codec is {name!r}, but the data hold {info.kind}, not latents",
+            where=", ".join(recipe.data.paths),
+            fix="add networks.codec: {type: trained, run: <the codec's run>} and objective.codec: codec"
+            if name is None
+            else "encode them with `sixfold data encode RUN SHARDS --out DIR` and name that folder under data.path",
+        )
+    if name is None or info.latents is None:
+        return
+    network = networks[name]
+    if not isinstance(network, TrainedNetwork) or network.run is None:
+        raise RecipeError.of(
+            f"networks.{name} must be a trained codec", where=f"networks.{name}", fix="set its type to trained"
+        )
+    found = codec_hash(read_trained(network))
+    if found != info.latents.codec:
+        raise RecipeError.of(
+            f"the latents are of codec {info.latents.codec[:16]}, networks.{name} is {found[:16]}",
+            where=f"networks.{name}",
+            allowed=f"the codec that encoded {', '.join(recipe.data.paths)}",
+            fix=f"name its run, and its step if it trained on (networks.{name}.step), or encode the images again",
+        )
