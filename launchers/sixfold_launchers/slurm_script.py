@@ -157,11 +157,12 @@ run=${{runs[${{SLURM_ARRAY_TASK_ID:-0}}]}}
 
 {requeue}
 
-# USR1: the time limit is near, or somebody asks for the nodes: save and requeue. TERM: save and end.
-signals=0 again= step=
-pass_on() {{ signals=$(( signals + 1 )); [ -z "$step" ] || kill -USR1 "$step"; }}
-trap 'again=yes; pass_on' USR1
-trap pass_on TERM
+# The shell hears USR1 before the time limit (or from whoever wants the nodes), TERM when the job is cancelled; a
+# preemption with a grace time tells the ranks alone.
+signals=0 heard= step=
+pass_on() {{ signals=$(( signals + 1 )) heard=$heard$1; [ -z "$step" ] || kill -USR1 "$step"; }}
+trap 'pass_on USR1' USR1
+trap 'pass_on TERM' TERM
 
 for restart in $(seq 0 {max_restarts}); do
   rm -f "$run/{outcome}"
@@ -170,7 +171,7 @@ for restart in $(seq 0 {max_restarts}); do
     {worker} "$run"{secrets} &
   step=$!
   # A trapped signal ends a wait early; the next wait returns how srun ended.
-  while heard=$signals; wait "$step"; code=$?; [ "$heard" != "$signals" ]; do :; done
+  while before=$signals; wait "$step"; code=$?; [ "$before" != "$signals" ]; do :; done
   step=
   [ "$signals" = 0 ] && [ "$code" -gt 128 ] && [ "$restart" -lt {max_restarts} ] || break
   echo "a rank was ended by signal $(( code - 128 )); restart $(( restart + 1 )) of {max_restarts}"
@@ -178,8 +179,8 @@ done
 
 outcome=$(cat "$run/{outcome}" 2>/dev/null)
 # Ranks that were killed while they should have saved go on from the newest checkpoint.
-if [ "$outcome" = interrupted ] || {{ [ -n "$again" ] && [ "$code" -gt 128 ]; }}; then
-  [ -z "$again" ] || requeue
+if [ "$outcome" = interrupted ] || {{ [ "$signals" != 0 ] && [ "$code" -gt 128 ]; }}; then
+  [ "$heard" = TERM ] || requeue
   exit {interrupted}
 fi
 exit "$code"
