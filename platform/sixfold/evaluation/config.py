@@ -135,6 +135,23 @@ class ConditionalAccuracyConfig(SampleMetricConfig):
     )
 
 
+class PromptAlignmentConfig(SampleMetricConfig):
+    """How often a picture shows what its caption says, where a function can read the picture."""
+
+    implementation: ClassVar[str] = "sixfold.evaluation.prompt_alignment:PromptAlignmentMetric"
+    needs: ClassVar[frozenset[Need]] = frozenset({"samples", "captions"})
+
+    type: Literal["prompt_alignment"] = Field(
+        "prompt_alignment", description="Share of samples that show all that their caption says, and by attribute."
+    )
+    reader: str = Field(
+        "sixfold_data.scene_reading:read_agreement",
+        pattern=r"^[\w.]+:\w+$",
+        description="Function, as module:name, from images [n, c, h, w] and captions to what is right in each, by "
+        "name; all that counts under the name aligned.",
+    )
+
+
 def _by_name(value: Any) -> Any:
     """A name stands for the metric with its default settings."""
     return {"type": value} if isinstance(value, str) else value
@@ -149,7 +166,8 @@ _AnyMetric = Annotated[
     | PrecisionRecallConfig
     | DensityCoverageConfig
     | NearestNeighbourConfig
-    | ConditionalAccuracyConfig,
+    | ConditionalAccuracyConfig
+    | PromptAlignmentConfig,
     Field(discriminator="type"),
 ]
 Metric = Annotated[_AnyMetric, BeforeValidator(_by_name, json_schema_input_type=str | _AnyMetric)]

@@ -114,7 +114,8 @@ class FrechetMetric:
 def _root(covariance: Float64[Tensor, "d d"]) -> Float64[Tensor, "d d"]:
     """The symmetric square root of a covariance."""
     values, vectors = torch.linalg.eigh(covariance)
-    return (vectors * values.clamp(min=0.0).sqrt()) @ vectors.T
+    root: Tensor = (vectors * values.clamp(min=0.0).sqrt()) @ vectors.T
+    return root
 
 
 def _distance(first: Moments, root: Float64[Tensor, "d d"], second: Moments) -> float:

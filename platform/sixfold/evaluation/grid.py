@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from torch import Tensor
 _SMALLEST_TILE_PIXELS = 64
 _CAPTION_PIXELS = 14
 _GAP_PIXELS = 4
+_LETTER_PIXELS = 6
+_LINE_GAP_PIXELS = 1
 
 
 def to_picture(image: Float[Tensor, "channels height width"]) -> Image.Image:
@@ -29,7 +32,8 @@ def sample_grid(
     columns = max(1, min(columns, count))
     enlarge = max(1, -(-_SMALLEST_TILE_PIXELS // max(height, width)))
     tile_width, tile_height = width * enlarge, height * enlarge
-    row_height = tile_height + _GAP_PIXELS + (_CAPTION_PIXELS if captions else 0)
+    below = [_wrapped(caption, tile_width) for caption in captions] if captions else []
+    row_height = tile_height + _GAP_PIXELS + _CAPTION_PIXELS * max((text.count("\n") + 1 for text in below), default=0)
     rows = -(-count // columns)
     sheet = Image.new(
         "RGB", (columns * (tile_width + _GAP_PIXELS) + _GAP_PIXELS, rows * row_height + _GAP_PIXELS), "white"
@@ -40,8 +44,16 @@ def sample_grid(
         top = _GAP_PIXELS + index // columns * row_height
         sheet.paste(to_picture(image).resize((tile_width, tile_height), Image.Resampling.NEAREST), (left, top))
         if captions:
-            draw.text((left + tile_width // 2, top + tile_height), captions[index], fill="black", anchor="ma")
+            middle = (left + tile_width // 2, top + tile_height)
+            draw.multiline_text(
+                middle, below[index], fill="black", anchor="ma", align="center", spacing=_LINE_GAP_PIXELS
+            )
     return sheet
+
+
+def _wrapped(caption: str, width: int) -> str:
+    """Break a caption into lines that fit a tile, as near as its letters' mean width tells."""
+    return "\n".join(textwrap.wrap(caption, max(1, width // _LETTER_PIXELS))) or caption
 
 
 def write_sample_grid(

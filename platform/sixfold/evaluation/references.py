@@ -42,8 +42,10 @@ Split = Literal["training", "held_out"]
 class ImageSource(Protocol):
     """The images that samples imitate."""
 
-    fingerprint: str
-    """Identifies the images of both splits as they are decoded."""
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the images of both splits as they are decoded."""
+        ...
 
     def size(self, split: Split) -> int:
         """How many images a split has."""
