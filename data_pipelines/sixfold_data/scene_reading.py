@@ -7,6 +7,7 @@ compared at several blurs, since a codec's decoder blurs, which shrinks no shape
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
@@ -52,7 +53,18 @@ def read_scene(image: Float[np.ndarray, "3 h w"]) -> Scene | None:
     return Scene(first, _relation(second_centre - first_centre), second).canonical()
 
 
-def captions_agree(images: Float[np.ndarray, "n 3 h w"], captions: list[str]) -> list[Agreement]:
+def read_agreement(images: Float[np.ndarray, "n 3 h w"], captions: Sequence[str]) -> dict[str, list[bool]]:
+    """Return what is right in each picture, by attribute; ``aligned`` is colours, shapes and the relation together.
+
+    Raises:
+        ValueError: a caption is of another form than a scene's; says which.
+    """
+    found = captions_agree(images, captions)
+    names = ("aligned", "colour", "shape", "size", "relation")
+    return {name: [getattr(one, name) for one in found] for name in names}
+
+
+def captions_agree(images: Float[np.ndarray, "n 3 h w"], captions: Sequence[str]) -> list[Agreement]:
     """Compare pictures with their captions, one by one.
 
     Raises:

@@ -12,6 +12,7 @@ from sixfold.config.schema import nearest, spell_plain
 from sixfold.engine.config import DeepSpeedConfig, FSDPConfig, MuonConfig
 from sixfold.errors import Fault, RecipeError
 from sixfold.evaluation.config import metric_types
+from sixfold.models.text_encoder.config import ByteTextEncoderConfig
 from sixfold.objectives.denoising.config import DenoisingConfig
 from sixfold.recipe.recipe import NetworkConfig, Recipe
 
@@ -236,6 +237,41 @@ def _labels_for_metrics(checked: _Checked) -> Iterator[Fault]:
             )
 
 
+def _captions_fit(checked: _Checked) -> Iterator[Fault]:
+    """Metrics of captions need text encoders, and encoders of bytes have positions for whole captions."""
+    recipe = checked.recipe
+    reads = "text_encoder" in recipe.objective.needs.values()
+    for metric in recipe.evaluation.metrics if recipe.evaluation is not None else ():
+        if "captions" in metric.needs and not reads:
+            yield checked.fault(
+                f"evaluation.metrics: {metric.type} needs captions, and the objective has no text encoder",
+                at="evaluation.metrics",
+                fix=f"add objective.encoders, or remove {metric.type}",
+            )
+    for name, network in recipe.networks.items():
+        if isinstance(network, ByteTextEncoderConfig) and network.length != recipe.data.caption_length:
+            yield checked.fault(
+                f"{checked.say('data.caption_length', f'networks.{name}.length')}: captions do not fit the encoder",
+                at=f"networks.{name}.length",
+                allowed=str(recipe.data.caption_length),
+                fix=f"set networks.{name}.length={recipe.data.caption_length}, or change data.caption_length",
+            )
+
+
+def _reference_images(checked: _Checked) -> Iterator[Fault]:
+    """Latents are no pictures to compare samples with."""
+    recipe, evaluation = checked.recipe, checked.recipe.evaluation
+    if recipe.objective.latents_of is None or evaluation is None or evaluation.reference is not None:
+        return
+    comparing = [metric.type for metric in evaluation.sample_metrics if "captions" not in metric.needs]
+    if comparing:
+        yield checked.fault(
+            f"evaluation.metrics has {', '.join(comparing)}, which compare images, and the data are latents",
+            at="evaluation.metrics",
+            fix="name the images that were encoded under evaluation.reference, or remove these metrics",
+        )
+
+
 def _engines_fit(checked: _Checked) -> Iterator[Fault]:
     """ZeRO keeps flat partitions, which Muon cannot orthogonalise; HSDP replicas divide the ranks."""
     for role in checked.recipe.objective.role_names:
@@ -280,6 +316,8 @@ _CHECKS: tuple[Callable[[_Checked], Iterator[Fault]], ...] = (
     _sampler_fits,
     _guidance_has_null,
     _metrics_fit,
+    _captions_fit,
+    _reference_images,
     _engines_fit,
     _milestones_are_saved,
 )

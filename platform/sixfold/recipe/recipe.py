@@ -24,9 +24,11 @@ from sixfold.evaluation.config import EvaluationConfig
 from sixfold.models.codec.config import CodecConfig
 from sixfold.models.discriminator.config import PatchDiscriminatorConfig
 from sixfold.models.dit.config import DiTConfig
+from sixfold.models.mmdit.config import MMDiTConfig
 from sixfold.models.moe_transformer.config import MoETransformerConfig
 from sixfold.models.noise_uncertainty.config import NoiseUncertaintyConfig
 from sixfold.models.perceptual.config import ClassifierConfig, LPIPSConfig
+from sixfold.models.text_encoder.config import ByteTextEncoderConfig, HuggingFaceTextConfig
 from sixfold.models.trained.config import TrainedConfig
 from sixfold.objectives.codec.config import CodecObjectiveConfig
 from sixfold.objectives.denoising.config import DenoisingConfig
@@ -39,6 +41,9 @@ from sixfold_data.config import DataConfig
 NetworkConfig = Annotated[
     MoETransformerConfig
     | DiTConfig
+    | MMDiTConfig
+    | ByteTextEncoderConfig
+    | HuggingFaceTextConfig
     | NoiseUncertaintyConfig
     | CodecConfig
     | PatchDiscriminatorConfig

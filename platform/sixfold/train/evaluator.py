@@ -163,7 +163,14 @@ class Evaluator:
             request = SampleRequest(
                 seed=seed, numbers=numbers, conditions={name: value[numbers] for name, value in conditions.items()}
             )
-            yield draw(self._sampler, networks, request, batch=self.config.batch, device=self._world.device)
+            yield draw(
+                self._sampler,
+                networks,
+                request,
+                batch=self.config.batch,
+                device=self._world.device,
+                latents=self._info.latents,
+            )
 
 
 class ImagesOf:
@@ -214,7 +221,7 @@ class ImagesOf:
         splits = self._own.splits
         split = splits.train if self._config.conditions == "training" else splits.evaluation
         reader = EvaluationReader(self._own, split=split, batch=self._config.batch, limit=count)
-        batches = list(reader) if self._info.classes or self._info.kind == "image-text" else []
+        batches = list(reader) if self._info.classes or self._info.captioned else []
         present = [name for name in CONDITIONS if batches and name in batches[0].fields]
         return {name: torch.cat([batch[name] for batch in batches]) for name in present}
 

@@ -45,7 +45,11 @@ def check_data_fits(recipe: Recipe, info: DataInfo) -> None:
     """
     faults = [*_splits_exist(recipe, info)]
     networks = resolve_networks(recipe)
+    if "text_encoder" in recipe.objective.needs.values():
+        faults += _caption_faults(info)
     for name in recipe.objective.network_names:
+        if name == recipe.objective.latents_of:
+            continue  # it reads the images that the latents were made of
         network: object = architecture_of(networks[name])
         if isinstance(network, TakesImages):
             faults += _image_faults(name, network, info)
@@ -82,8 +86,11 @@ def _image_faults(name: str, network: TakesImages, info: DataInfo) -> Iterator[F
         found = "several sizes" if info.image_size is None else "x".join(map(str, info.image_size))
         key = f"networks.{name}.image_size"
         square = info.image_size is not None and len(set(info.image_size)) == 1
-        other = f", or {key}={info.image_size[0]}" if info.image_size is not None and square else ""
-        yield _fault(key, network.image_size, f"images of {found}", f"set data.image_size={network.image_size}{other}")
+        other = f"{key}={info.image_size[0]}" if info.image_size is not None and square else ""
+        resize = "" if info.latents is not None else f"data.image_size={network.image_size}"
+        kind = "images" if info.latents is None else "latents"
+        fix = "set " + ", or ".join(filter(None, (resize, other)))
+        yield _fault(key, network.image_size, f"{kind} of {found}", fix)
     if info.channels != network.channels:
         key = f"networks.{name}.channels"
         yield _fault(key, network.channels, f"{info.channels} channels", f"set {key}={info.channels}")
@@ -91,6 +98,16 @@ def _image_faults(name: str, network: TakesImages, info: DataInfo) -> Iterator[F
     if classes not in (0, len(info.classes)):
         key = f"networks.{name}.classes"
         yield _fault(key, classes, f"{len(info.classes)} classes", f"set {key}={len(info.classes)}")
+
+
+def _caption_faults(info: DataInfo) -> Iterator[Fault]:
+    if not info.captioned:
+        yield Fault(
+            what=f"the objective has text encoders, but the data set holds {info.kind} without captions",
+            where="data.path",
+            allowed="image-text, or latents of it",
+            fix="build captioned images with `sixfold data build image-text`, or `sixfold data demo scenes`",
+        )
 
 
 def _text_faults(name: str, network: TakesTokens, info: DataInfo) -> Iterator[Fault]:

@@ -22,6 +22,7 @@ from sixfold.recipe.load import load_recipe
 from sixfold.recipe.recipe import Recipe
 from sixfold.recipe.trained import resolve_networks
 from sixfold.samplers.contract import Sampler, SampleRequest
+from sixfold.train.codec_identity import check_codec
 from sixfold.train.evaluator import Evaluator
 from sixfold.train.roles import load_networks
 from sixfold.train.run_folder import RunFolder
@@ -73,6 +74,7 @@ def load_trained(run: Path) -> Trained:
     recipe = load_recipe(folder.recipe).recipe
     candidate = _newest(folder)
     settings = resolve_networks(recipe)
+    check_codec(recipe, settings, describe(recipe.data))
     objective: Objective = recipe.objective.load()(recipe.objective, settings)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     averaged = recipe.train.ema_decay is not None
@@ -100,7 +102,7 @@ def sample_run(
     conditions = conditions_of(recipe, info, count, label=label, prompt=prompt)
     sampler: Sampler = recipe.sampling.load()(recipe.sampling, recipe.objective, trained.settings)
     request = SampleRequest(seed=seed, numbers=torch.arange(count), conditions=conditions, steps=steps)
-    fields = draw(sampler, trained.networks, request, batch=_BATCH, device=trained.device)
+    fields = draw(sampler, trained.networks, request, batch=_BATCH, device=trained.device, latents=info.latents)
     samples = Samples(fields=fields, conditions=conditions, info=info)
     folder = out if out is not None else RunFolder(run).samples / f"drawn-step_{step}"
     files = samples.write_all(folder)

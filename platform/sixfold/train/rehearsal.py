@@ -73,7 +73,8 @@ def batch_fields(recipe: Recipe, networks: NetworksConfig, samples: int) -> Batc
     """Shapes and types of the fields that ``samples`` samples of the recipe have."""
     lengths = SampleLengths(recipe.data.sequence_length, recipe.data.caption_length)
     fields: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-    for network in map(architecture_of, networks.values()):
+    read = [network for name, network in networks.items() if name != recipe.objective.latents_of]
+    for network in map(architecture_of, read):
         for name, field in network.inputs(lengths).items():
             fields[name] = ((samples, *field.shape), getattr(torch, field.dtype))
     return fields

@@ -13,18 +13,24 @@ from torch import Tensor
 
 from sixfold.errors import UserError
 from sixfold.evaluation.grid import to_picture, write_sample_grid
+from sixfold.models.text_encoder.config import CAPTION
 from sixfold.objectives.contract import Networks
 from sixfold.recipe.recipe import Recipe
 from sixfold.samplers.config import AutoregressiveConfig, ReconstructionConfig
 from sixfold.samplers.contract import Sampler, SampleRequest
 from sixfold_data.describe import DataInfo
 from sixfold_data.evaluation import EvaluationReader
+from sixfold_data.images import encode_caption
+from sixfold_data.index import LatentsEntry
+from sixfold_data.latents import denormalized
 
 
 def conditions_of(
     recipe: Recipe, info: DataInfo, count: int, *, label: int | None = None, prompt: str | None = None
 ) -> dict[str, Tensor]:
-    """One condition a sample: the label or prompt asked for, else all classes in turn, or the recipe's own prompt.
+    """One condition a sample: the label or prompt asked for, else all classes, or held-out captions, in turn.
+
+    A language model gets the recipe's own prompt unless another is asked for.
 
     Raises:
         UserError: the label or prompt does not fit what the recipe generates.
@@ -39,6 +45,10 @@ def conditions_of(
         if label is not None:
             raise UserError.of("--label is for images, this run generates text", where=recipe.name, fix="use --prompt")
         return _prompt(info, recipe.sampling.prompt if prompt is None else prompt, count)
+    if "text_encoder" in recipe.objective.needs.values():
+        if label is not None:
+            raise UserError.of("--label names a class, this run reads captions", where=recipe.name, fix="use --prompt")
+        return {CAPTION: _captions(recipe, info, count, prompt)}
     if prompt is not None:
         raise UserError.of("--prompt is for text, this run generates images", where=recipe.name, fix="use --label")
     if label is not None and label >= len(info.classes):
@@ -49,6 +59,17 @@ def conditions_of(
     if not info.classes:
         return {}
     return {"label": torch.arange(count) % len(info.classes) if label is None else torch.full((count,), label)}
+
+
+def _captions(recipe: Recipe, info: DataInfo, count: int, prompt: str | None) -> Tensor:
+    """The prompt's tokens for every sample, or those of the first held-out captions, round and round."""
+    length = recipe.data.caption_length
+    if prompt is None:
+        held_out = EvaluationReader(recipe.data, batch=count, limit=count)
+        captions = torch.cat([batch[CAPTION] for batch in held_out])
+        return captions[torch.arange(count) % len(captions)]
+    assert info.tokenizer is not None, "captions come with their tokenizer"
+    return torch.from_numpy(encode_caption(info.tokenizer, prompt.encode(), length)).expand(count, -1)
 
 
 def _held_out_images(recipe: Recipe, count: int) -> Tensor:
@@ -66,18 +87,35 @@ def _prompt(info: DataInfo, prompt: str, count: int) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def draw(
-    sampler: Sampler, networks: Networks, request: SampleRequest, *, batch: int, device: torch.device
+    sampler: Sampler,
+    networks: Networks,
+    request: SampleRequest,
+    *,
+    batch: int,
+    device: torch.device,
+    latents: LatentsEntry | None = None,
 ) -> dict[str, Tensor]:
     """Draw the requested samples in passes of at most ``batch`` on ``device``, and return their fields on the CPU.
 
-    The request's conditions belong to its numbers, one by one.
+    The request's conditions belong to its numbers, one by one. Latents are decoded by the role ``codec``; ``latents``
+    says what they are.
     """
     parts = []
     for rows in torch.split(torch.arange(len(request.numbers)), batch):
         conditions = {name: value[rows].to(device) for name, value in request.conditions.items()}
         part = replace(request, numbers=request.numbers[rows].to(device), conditions=conditions)
-        parts.append({name: value.cpu() for name, value in sampler(networks, part).items()})
+        drawn = sampler(networks, part)
+        if "latent" in drawn:
+            assert latents is not None, "check_codec refused data that hold no latents"
+            drawn = {"image": _decoded(networks, drawn["latent"], latents)}
+        parts.append({name: value.cpu() for name, value in drawn.items()})
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _decoded(networks: Networks, drawn: Tensor, latents: LatentsEntry) -> Tensor:
+    """Return the images that normalised latents stand for."""
+    image: Tensor = networks["codec"](denormalized(drawn, latents), task="decode")["image"]
+    return image.clamp(-1.0, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +142,10 @@ class Samples:
 
     @property
     def captions(self) -> list[str] | None:
-        """The class of each sample."""
+        """The class or the caption of each sample."""
+        if CAPTION in self.conditions:
+            assert self.info.tokenizer is not None, "captions come with their tokenizer"
+            return [self.info.tokenizer.decode(row) for row in self.conditions[CAPTION].cpu().numpy()]
         labels = self.conditions.get("label")
         return None if labels is None else [self.info.classes[int(label)] for label in labels]
 
