@@ -177,6 +177,8 @@ def node_arguments(cluster: RayCluster, number: int, agent_port: int) -> list[st
         f"--num-cpus={cluster.cpus_per_node}",
         "--num-gpus=0",
         f"--dashboard-agent-listen-port={agent_port}",
+        # In a folder that nodes share, one unpacks a job's code again while ranks of another import it.
+        f"--temp-dir={cluster.temporary}/{number}",
         f"--object-store-memory={_OBJECT_STORE_BYTES}",
         "--disable-usage-stats",
     ]
@@ -187,7 +189,6 @@ def node_arguments(cluster: RayCluster, number: int, agent_port: int) -> list[st
         *common,
         "--head",
         f"--port={cluster.port}",
-        f"--temp-dir={cluster.temporary}",
         f"--dashboard-host={HOST}",
         f"--dashboard-port={cluster.dashboard_port}",
         f"--ray-client-server-port={cluster.client_port}",
