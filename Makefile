@@ -1,4 +1,5 @@
-# Two commands matter: `make smoke` trains both small recipes end to end, `make test` runs the whole suite.
+# Three commands matter: `make smoke` trains both small recipes end to end, `make test` runs the suite, `make cluster`
+# the part of it that needs a real Slurm and a real Ray.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +10,7 @@ HALF_THE_CORES := $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n > 1 ? n 
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -ec
 
-.PHONY: install check test smoke smoke-dit smoke-moe parity bench clean
+.PHONY: install check test cluster smoke smoke-dit smoke-moe parity bench clean
 
 install: $(STAMP)
 
@@ -33,7 +34,11 @@ check: $(VENV)/.installed-dev
 	$(BIN)/lint-imports
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=20
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=20 -m "not cluster"
+
+# One after another: the clusters share the machine's cores already.
+cluster: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -q --durations=20 tests/cluster
 
 parity: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q -s tests/parity/test_recipes.py

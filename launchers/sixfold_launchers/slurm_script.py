@@ -18,6 +18,7 @@ from sixfold_launchers.profiles import BaseProfile, ContainerConfig, SlurmAlloca
 
 SCRIPT = "job.sbatch"
 NAME_PREFIX = "sixfold-"
+_FIRST_PAUSE_S = 2  # before the first restart; each further pause is four times as long as the last
 
 
 def job_name(spec: JobSpec) -> str:
@@ -112,6 +113,7 @@ def render(profile: SlurmProfile, spec: JobSpec) -> str:
         secrets="".join(f" {shlex.quote(argument)}" for argument in secret_arguments(profile)),
         max_restarts=profile.max_restarts,
         starts=profile.max_restarts + 1,
+        pause_s=_FIRST_PAUSE_S,
         requeue=requeue_lines(profile, spec),
         outcome=OUTCOME,
         interrupted=INTERRUPTED,
@@ -159,13 +161,19 @@ run=${{runs[${{SLURM_ARRAY_TASK_ID:-0}}]}}
 
 # The shell hears USR1 before the time limit (or from whoever wants the nodes), TERM when the job is cancelled; a
 # preemption with a grace time tells the ranks alone.
-signals=0 heard= step=
+signals=0 heard= step= lost=
 pass_on() {{ signals=$(( signals + 1 )) heard=$heard$1; [ -z "$step" ] || kill -USR1 "$step"; }}
 trap 'pass_on USR1' USR1
 trap 'pass_on TERM' TERM
 
+# Why ranks failed, in their own words; a traceback may only tell of a peer that is gone.
+reasons() {{ for file in "$run"/errors/rank-*.txt; do grep -qs ^Traceback "$file" || cat "$file"; done 2>/dev/null; }}
+
+# Killed ranks start again. So do ranks of several nodes that say nothing: Slurm takes minutes to notice a lost node.
+newest=$(cat "$run/checkpoints/latest" 2>/dev/null)
 for restart in $(seq 0 {max_restarts}); do
-  rm -f "$run/{outcome}"
+  lost=
+  rm -f "$run/{outcome}" "$run"/errors/rank-*.txt
   export SIXFOLD_ATTEMPT=$(( ${{SLURM_RESTART_COUNT:-0}} * {starts} + restart ))
   {srun} \\
     {worker} "$run"{secrets} &
@@ -173,13 +181,18 @@ for restart in $(seq 0 {max_restarts}); do
   # A trapped signal ends a wait early; the next wait returns how srun ended.
   while before=$signals; wait "$step"; code=$?; [ "$before" != "$signals" ]; do :; done
   step=
-  [ "$signals" = 0 ] && [ "$code" -gt 128 ] && [ "$restart" -lt {max_restarts} ] || break
-  echo "a rank was ended by signal $(( code - 128 )); restart $(( restart + 1 )) of {max_restarts}"
+  if [ "$code" = 0 ] || [ "$signals" != 0 ] || [ -n "$(reasons)" ]; then break; fi
+  if [ "$code" -le 128 ] && [ "$SLURM_JOB_NUM_NODES" = 1 ]; then break; fi
+  lost=yes
+  echo "the ranks ended with code $code and no reason; restarts so far: $restart of {max_restarts}"
+  [ "$restart" = {max_restarts} ] || {{ sleep $(( {pause_s} << 2 * restart )) & wait $!; }}
 done
+[ "$code" = 0 ] || cat "$run"/errors/rank-*.txt 2>/dev/null
 
-outcome=$(cat "$run/{outcome}" 2>/dev/null)
-# Ranks that were killed while they should have saved go on from the newest checkpoint.
-if [ "$outcome" = interrupted ] || {{ [ "$signals" != 0 ] && [ "$code" -gt 128 ]; }}; then
+# Interrupted: saved on request; or killed while saving, or after another checkpoint, which the next turn starts from.
+[ "$newest" != "$(cat "$run/checkpoints/latest" 2>/dev/null)" ] || lost=
+if [ "$(cat "$run/{outcome}" 2>/dev/null)" = interrupted ] || [ -n "$lost" ] \\
+   || {{ [ "$signals" != 0 ] && [ "$code" -gt 128 ]; }}; then
   [ "$heard" = TERM ] || requeue
   exit {interrupted}
 fi

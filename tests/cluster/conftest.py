@@ -1,0 +1,117 @@
+"""Real clusters, started once a session. In CI a cluster that cannot start fails the tests that need it."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from cluster_jobs import REFERENCE, Job
+
+DEV_CLUSTER = Path(__file__).resolve().parents[2] / "infra" / "slurm" / "dev-cluster"
+NODES = 4
+
+
+def pytest_collection_modifyitems(items):
+    """Mark what stands here, so that `make test` can leave it to `make cluster`."""
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent):
+            item.add_marker(pytest.mark.cluster)
+
+
+def unavailable(why):
+    """Fail where clusters are promised, skip with the reason where they are not."""
+    if os.environ.get("CI"):
+        pytest.fail(why)
+    pytest.skip(why)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def book(tmp_path_factory):
+    """A job book of the tests' own, and one thread a rank."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("SIXFOLD_STATE", str(tmp_path_factory.mktemp("book")))
+    patch.setenv("OMP_NUM_THREADS", "1")
+    yield
+    patch.undo()
+
+
+class SlurmCluster:
+    """A dev cluster: its folder, its commands, its daemons."""
+
+    def __init__(self, state):
+        self.state = state
+
+    def __call__(self, *command):
+        """Run a Slurm command and return its output."""
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.strip()
+
+    def daemon(self, name):
+        """The process id of munged, slurmctld or a node's slurmd."""
+        daemons = json.loads((self.state / "daemons.json").read_text())
+        return next(daemon["pid"] for daemon in daemons if daemon["name"] == name)
+
+    def field(self, job, name):
+        """One field of a job as the controller shows it."""
+        shown = self("scontrol", "--oneliner", "show", "job", job)
+        return next(part.partition("=")[2] for part in shown.split() if part.startswith(f"{name}="))
+
+    def start_now(self, job):
+        """Spare a requeued job the two minutes that Slurm holds it back; whether it was waiting."""
+        if self.field(job, "JobState") != "PENDING":
+            return False
+        self("scontrol", "update", f"JobId={job}", "StartTime=now")
+        return True
+
+    def is_idle(self):
+        """Whether no allocation is held and no job waits."""
+        return self("squeue", "--noheader") == ""
+
+
+@pytest.fixture(scope="session")
+def slurm_cluster(book, tmp_path_factory):
+    """A real Slurm of several nodes on this host; SLURM_CONF names it to every command."""
+    state = tmp_path_factory.mktemp("slurm")
+    up = subprocess.run(
+        [DEV_CLUSTER, "up", "--nodes", str(NODES), "--state", state], capture_output=True, text=True, check=False
+    )
+    if up.returncode:
+        unavailable(f"no Slurm: {up.stderr.strip()}")
+    patch = pytest.MonkeyPatch()
+    patch.setenv("SLURM_CONF", str(state / "slurm.conf"))
+    yield SlurmCluster(state)
+    patch.undo()
+    subprocess.run([DEV_CLUSTER, "down", "--state", state], check=True)
+
+
+@pytest.fixture(scope="session")
+def text(demo_data):
+    """The data set of the small language model."""
+    return demo_data / "stdlib"
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory):
+    """A folder in which jobs are submitted; runs lie in `runs` below it."""
+    folder = tmp_path_factory.mktemp("workplace")
+    (folder / "runs").mkdir()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def submit(text, workplace):
+    """Submit the small language model to a profile."""
+
+    def submit_to(profile, *arguments, **options):
+        return Job.submit(profile, *arguments, data=text, runs=workplace / "runs", **options)
+
+    return submit_to
+
+
+@pytest.fixture(scope="session")
+def reference(submit):
+    """The undisturbed run that others are held to: two local ranks, mirrored in MLflow."""
+    job = submit("local", *REFERENCE, settings=("ranks=2",))
+    job.wait_until_finished()
+    return job

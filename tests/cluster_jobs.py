@@ -1,0 +1,159 @@
+"""What the cluster tests share: the command, a small language model, and what its runs and processes show."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+from sixfold.tracking.events import read_events, read_metrics
+
+RECIPE = "lm/moe-smoke"
+TINY = [
+    "train.log_every_steps=1",
+    "data.global_batch=8",
+    "data.sequence_length=32",
+    "networks.lm.width=32",
+    "networks.lm.depth=2",
+    "evaluation=null",
+    "sampling=null",
+    "engine.precision=fp32",
+]
+
+REFERENCE = ("train.steps=40", "checkpoint.every_steps=5", "tracking.type=mlflow", "tracking.system_metrics=false")
+"""What the fixture `reference` trains; submitted elsewhere it must train the same."""
+
+
+def sixfold(*arguments, environment=None, directory=None, timeout=120, check=True):
+    """Run the real command; return it finished."""
+    done = subprocess.run(
+        [sys.executable, "-m", "sixfold.cli.main", *map(str, arguments)],
+        env={**os.environ, **(environment or {})},
+        cwd=directory,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    if check:
+        assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+class Job:
+    """A job submitted by the real command, and what it did."""
+
+    def __init__(self, described):
+        self.id, self.cluster_id, self.logs = described["job_id"], described["cluster_id"], Path(described["logs"])
+        self.runs = [Path(run) for run in described["runs"]]
+        self.run = self.runs[0]
+
+    @classmethod
+    def submit(cls, profile, *arguments, data, runs, settings=(), environment=None, recipe=RECIPE):
+        """Submit the small language model, or another recipe, and return at once."""
+        profile_settings = [part for setting in (f"runs={runs}", *settings) for part in ("--with", setting)]
+        done = sixfold(
+            "submit", recipe, "--to", profile, f"data.path={data}", *TINY, *profile_settings, *arguments, "--json",
+            environment=environment, directory=Path(runs).parent,
+        )  # fmt: skip
+        return cls(json.loads(done.stdout))
+
+    def state(self):
+        """The state that the book knows after asking the cluster."""
+        return json.loads(sixfold("jobs", "show", self.id, "--json").stdout)["state"]
+
+    def log(self):
+        """Everything the job printed."""
+        return "".join(path.read_text(errors="replace") for path in sorted(self.logs.glob("*.out")))
+
+    def wait_for_step(self, step, timeout=90):
+        """Wait until a run has logged a step."""
+        wait_for(lambda: max(losses(self.run), default=0) >= step, f"{self.run} came to no step {step}", timeout, self)
+
+    def wait_until_finished(self, timeout=120):
+        """Wait until every run has finished, and the launcher has said so."""
+        wait_for(
+            lambda: all(outcome(run) == "finished" for run in self.runs), f"{self.id} did not finish", timeout, self
+        )
+
+    def ranks(self):
+        """The processes that train the first run now."""
+        return [process for process in processes_naming(self.run) if "slurm_task" in command_of(process) or (
+            "sixfold.train.worker" in command_of(process))]  # fmt: skip
+
+
+def wait_for(condition, failure, timeout, job=None):
+    """Wait for a condition; on failure show what the job printed."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        shown = "" if job is None else f"\n{job.log()[-3000:]}"
+        assert time.monotonic() < deadline, f"{failure} within {timeout} s{shown}"
+        time.sleep(0.05)
+
+
+def losses(run):
+    """Loss by step; empty before the first."""
+    if not (run / "events.jsonl").is_file():
+        return {}
+    return read_metrics(run).get("train/loss", {})
+
+
+def outcome(run):
+    """How the run's last attempt ended, as the launcher leaves it."""
+    path = run / "outcome"
+    return path.read_text().strip() if path.exists() else None
+
+
+def attempts(run):
+    """The steps after which attempts started, one for each time that a run was started or resumed."""
+    return [event["step"] for event in read_events(run) if event.get("event") in ("started", "resumed")]
+
+
+def logged_steps(run):
+    """The step of every metrics line that holds a loss, in order: a step written twice shows."""
+    return [event["step"] for event in read_events(run) if "train/loss" in event.get("metrics", {})]
+
+
+def command_of(process):
+    """A process's command line; empty when it has ended."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+def processes_naming(path):
+    """Processes with a path in their command line or working below it."""
+    return [process for process in psutil.process_iter() if str(path) in command_of(process)]
+
+
+class Frozen:
+    """Holds ranks between two instructions, so that a test acts at a known step and nothing is trained meanwhile."""
+
+    def __init__(self, job):
+        self.processes = job.ranks()
+        assert self.processes, f"no rank of {job.id} runs"
+
+    def __enter__(self):
+        for process in self.processes:
+            process.send_signal(signal.SIGSTOP)
+        return self
+
+    def __exit__(self, *_):
+        for process in self.processes:
+            if process.is_running():
+                process.send_signal(signal.SIGCONT)
+
+    def has_pending(self, *numbers):
+        """Whether every rank has been sent one of these signals, which it will hear when it runs again."""
+        return all(any(pending(process.pid) >> (number - 1) & 1 for number in numbers) for process in self.processes)
+
+
+def pending(pid):
+    """The mask of signals that wait for a process."""
+    lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return int(lines["ShdPnd"], 16) | int(lines["SigPnd"], 16)
