@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -14,6 +15,14 @@ from sixfold.models.precision import compute_dtype
 def convolution(fan_in: int, gain: float = 1.0) -> ParameterTag:
     """A decayed kernel drawn uniformly with variance gain^2 / (3 fan_in), the field's habit for autoencoders."""
     return ParameterTag(init="uniform", scale=gain / math.sqrt(fan_in), weight_decay=True)
+
+
+def channels_last(x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
+    """Lay pixels' channels side by side, as the fast kernels of CPUs and of CUDA's reduced precision want them.
+
+    Convolutions and norms keep the layout, so that a network's first line is enough.
+    """
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 class Conv2d(nn.Module):

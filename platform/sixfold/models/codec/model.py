@@ -21,7 +21,7 @@ from sixfold.models.codec.layers import (
     average_channels,
     repeat_channels,
 )
-from sixfold.models.convolution import Conv2d, GroupNorm
+from sixfold.models.convolution import Conv2d, GroupNorm, channels_last
 from sixfold.models.network import Network
 
 Task = Literal["reconstruct", "encode", "decode", "decode_codes"]
@@ -61,7 +61,7 @@ class Encoder(nn.Module):
 
     def forward(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n features rows columns"]:
         """Encode."""
-        x = self.input(images)
+        x = self.input(channels_last(images))
         for stage in self.stages:
             x = stage(x)
         x = self.middle(x)
@@ -108,7 +108,7 @@ class Decoder(nn.Module):
 
     def forward(self, latents: Float[Tensor, "n c rows columns"]) -> Float[Tensor, "n channels h w"]:
         """Decode."""
-        x = self.input(latents)
+        x = self.input(channels_last(latents))
         if self.repeats is not None:
             x = x + repeat_channels(latents, self.repeats)
         x = self.middle(x)

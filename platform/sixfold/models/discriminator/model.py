@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import leaky_relu
 
-from sixfold.models.convolution import Conv2d, GroupNorm
+from sixfold.models.convolution import Conv2d, GroupNorm, channels_last
 from sixfold.models.discriminator.config import PatchDiscriminatorConfig
 from sixfold.models.network import Network
 
@@ -49,7 +49,7 @@ class PatchDiscriminator(Network):
 
     def forward(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n rows columns"]:
         """Return the logit of each patch: above 0 for real."""
-        x = images
+        x = channels_last(images)
         for layer in self.layers:
             x = layer(x)
         logits: Tensor = self.output(x)

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, cross_entropy, pad, relu
 
-from sixfold.models.convolution import Conv2d
+from sixfold.models.convolution import Conv2d, channels_last
 from sixfold.models.network import Linear, Network, ParameterTag, initialize, parameter_tags
 from sixfold.models.perceptual.config import ClassifierConfig
 from sixfold.models.perceptual.features import EMBEDDING, unit_normalized
@@ -41,7 +41,7 @@ class Classifier(Network):
 
     def forward(self, images: Float[Tensor, "n c h w"]) -> dict[str, Tensor]:
         """Return ``map_1`` to ``map_3``, normalised over channels, and ``embedding`` ``[n, features]``."""
-        features, x = {}, images
+        features, x = {}, channels_last(images)
         for number, convolution in enumerate(self.convolutions, start=1):
             x = relu(convolution(x))
             features[f"map_{number}"] = unit_normalized(x, _EPSILON)
