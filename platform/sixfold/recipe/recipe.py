@@ -30,8 +30,15 @@ from sixfold.models.noise_uncertainty.config import NoiseUncertaintyConfig
 from sixfold.models.perceptual.config import ClassifierConfig, LPIPSConfig
 from sixfold.models.text_encoder.config import ByteTextEncoderConfig, HuggingFaceTextConfig
 from sixfold.models.trained.config import TrainedConfig
+from sixfold.models.unet.config import UNetConfig
 from sixfold.objectives.codec.config import CodecObjectiveConfig
 from sixfold.objectives.denoising.config import DenoisingConfig
+from sixfold.objectives.distillation.adversarial_config import AdversarialDistillationConfig
+from sixfold.objectives.distillation.consistency_config import ConsistencyConfig
+from sixfold.objectives.distillation.distribution_matching_config import DistributionMatchingConfig
+from sixfold.objectives.distillation.mean_flow_config import MeanFlowConfig
+from sixfold.objectives.distillation.trajectory_config import ProgressiveConfig, ReflowConfig
+from sixfold.objectives.distillation.trigflow_config import TrigFlowConsistencyConfig
 from sixfold.objectives.next_token.config import NextTokenConfig
 from sixfold.recipe.train import TrainConfig
 from sixfold.samplers.config import SamplingConfig
@@ -45,6 +52,7 @@ NetworkConfig = Annotated[
     | ByteTextEncoderConfig
     | HuggingFaceTextConfig
     | NoiseUncertaintyConfig
+    | UNetConfig
     | CodecConfig
     | PatchDiscriminatorConfig
     | ClassifierConfig
