@@ -1,0 +1,52 @@
+"""A rank's network under DDP or ZeRO as far as forward and backward go: whole, every gradient exchanged as it comes.
+
+These engines cannot run on a process group that does not exist. What stays on a rank between steps and what it sends
+follow from how they partition (:mod:`sixfold.planning.partition`); what forward and backward hold in between does not
+depend on that, and is seen here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from sixfold.engine.base import NetworkSpecification, network_on_meta, requiring_no_gradient
+from sixfold.planning.partition import working_dtype
+
+
+class Replica:
+    """The network of one trainable role, on fake tensors."""
+
+    def __init__(self, specification: NetworkSpecification) -> None:
+        with unset_fake_temporarily():  # meta tensors that fake ones can take the place of
+            network, _ = network_on_meta(specification)
+        network.to_empty(device=specification.world.device)
+        dtype = working_dtype(specification.engine, specification.world.device)
+        for value in network.parameters():
+            value.data = value.data.to(dtype)
+            value.register_post_accumulate_grad_hook(_exchange)  # type: ignore[no-untyped-call]  # torch's
+        self.network: nn.Module = network
+        self.module: nn.Module = network
+
+    def accumulate(self, *, last: bool) -> AbstractContextManager[None]:
+        """Nothing is postponed."""
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        """Compute the gradients of a sum of losses."""
+        torch.autograd.backward(loss)
+
+    @contextmanager
+    def untrained(self) -> Iterator[nn.Module]:
+        """Yield the network as another role's phase calls it."""
+        with requiring_no_gradient(self.network):
+            yield self.network
+
+
+def _exchange(parameter: Tensor) -> None:
+    """A gradient is copied into the bucket or partition that has its place, and freed."""
+    parameter.grad = None

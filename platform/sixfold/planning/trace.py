@@ -1,0 +1,272 @@
+"""One training step of a recipe at full size and world size, on fake tensors, metered.
+
+Every distinct phase runs its forward and backward once as rank 0 of a process group that does not exist: FSDP2 as it
+is, DDP and ZeRO by a network that stands for theirs. What repeats (micro-batches, phases over the steps of a cycle) is
+multiplied.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+
+from sixfold.distributed.fake import fake_world
+from sixfold.distributed.process_group import World
+from sixfold.distributed.randomness import PositionRandom
+from sixfold.engine.base import NetworkSpecification, RoleSpecification
+from sixfold.engine.companion import Companion
+from sixfold.engine.config import ConstantScheduleConfig, EngineConfig, FSDPConfig, MuonConfig
+from sixfold.engine.fsdp import FSDPEngine
+from sixfold.engine.sharding import local_tensors
+from sixfold.models.network import Network, parameter_tags
+from sixfold.models.trained.network import NetworksConfig
+from sixfold.objectives.contract import Batch, LossTerms, Objective, Phase, Progress
+from sixfold.planning.meter import USES, Collective, Readings, StepMeter, Use
+from sixfold.planning.partition import Held, Parameter, held_by_rank, sent_by_replica
+from sixfold.planning.replica import Replica
+from sixfold.recipe.checks import check_recipe
+from sixfold.recipe.recipe import Recipe
+from sixfold.recipe.trained import resolve_networks
+from sixfold.train.rehearsal import batch_fields
+from sixfold.train.roles import names_of, settings_of
+
+_CYCLE_STEPS = 60
+"""Steps over which phases are counted: a multiple of the ratios between roles that recipes use."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTrace:
+    """What one step costs a rank, on average over a cycle of phases.
+
+    Attributes:
+        most: by use, the most memory that a phase's own tensors held at once.
+        at_peak: by use, what they held when all together held most.
+        flops: floating-point operations that are carried out, recomputation included.
+        collectives: messages, with how many there are a step.
+        held: what the trainable roles keep between steps.
+        companion_bytes: what frozen and tracking networks keep.
+        shapes: the trainable networks' parameters, by role.
+        micro_batch: samples that the fullest phase computes at once.
+    """
+
+    most: Mapping[Use, int]
+    at_peak: Mapping[Use, int]
+    flops: float
+    collectives: Mapping[Collective, float]
+    held: Held
+    companion_bytes: int
+    shapes: Mapping[str, Sequence[Parameter]]
+    micro_batch: int
+
+    @property
+    def parameters(self) -> dict[str, int]:
+        """Elements of the trainable networks, by role."""
+        return {role: sum(value.elements for value in shapes) for role, shapes in self.shapes.items()}
+
+
+def trace_step(recipe: Recipe, world_size: int, *, device: torch.device | None = None) -> StepTrace:
+    """Rehearse one step of ``recipe`` as rank 0 of ``world_size`` ranks; nothing may have joined a process group yet.
+
+    Args:
+        recipe: what trains.
+        world_size: ranks to pretend.
+        device: where the run would be, as far as buffers depend on it; tensors are those of a CPU.
+
+    Raises:
+        RecipeError: the recipe does not fit that many ranks.
+    """
+    check_recipe(recipe, world_size)
+    networks = resolve_networks(recipe, planning=True)
+    objective: Objective = recipe.objective.load()(recipe.objective, networks)
+    frequency = phases_of(objective, recipe.train.steps)
+    with fake_world(world_size) as world, FakeTensorMode(allow_non_fake_inputs=True):
+        cast = _Cast(recipe, objective, networks, world)
+        traced = [(times, cast.trace(phase)) for phase, times in frequency.items()]
+        fullest = max((readings for _, (readings, _, _) in traced), key=lambda readings: readings.peak_bytes)
+        return StepTrace(
+            most={use: max(readings.most[use] for _, (readings, _, _) in traced) for use in USES},
+            at_peak=fullest.at_peak,
+            flops=sum(times * flops for times, (_, flops, _) in traced),
+            collectives=add_up((times, messages) for times, (_, _, messages) in traced),
+            held=held_by_roles(recipe, cast.shapes, world_size, device or world.device),
+            companion_bytes=cast.companion_bytes(),
+            shapes=cast.shapes,
+            micro_batch=max(micro_batch_of(recipe, phase.trains, world_size) for phase in frequency),
+        )
+
+
+def add_up(parts: Iterable[tuple[float, Mapping[Collective, float]]]) -> dict[Collective, float]:
+    """Add messages of several parts of a step, each so many times."""
+    total: dict[Collective, float] = {}
+    for times, messages in parts:
+        for message, count in messages.items():
+            total[message] = total.get(message, 0.0) + count * times
+    return total
+
+
+def held_by_roles(
+    recipe: Recipe, shapes: Mapping[str, Sequence[Parameter]], world_size: int, device: torch.device
+) -> Held:
+    """What the trainable roles keep on a rank between steps."""
+    parts = (
+        held_by_rank(
+            parameters,
+            recipe.engine_of(role),
+            recipe.optimizer_of(role),
+            world_size=world_size,
+            averaged=recipe.train.ema is not None,
+            device=device,
+        )
+        for role, parameters in shapes.items()
+    )
+    return sum(parts, start=Held())
+
+
+def phases_of(objective: Objective, total_steps: int) -> dict[Phase, float]:
+    """How often a step has each phase, late in training, when every term has begun."""
+    cycle = range(max(0, total_steps - _CYCLE_STEPS), total_steps)
+    progress = (Progress(samples=0, step=step, total_steps=total_steps) for step in cycle)
+    counted = Counter(phase for now in progress for phase in objective.phases(now))
+    return {phase: times / len(cycle) for phase, times in counted.items()}
+
+
+def micro_batch_of(recipe: Recipe, roles: Iterable[str], world_size: int) -> int:
+    """Samples that a rank computes at once in a phase that trains ``roles``."""
+    rank_batch = recipe.data.global_batch // world_size
+    return min(rank_batch, *(recipe.engine_of(role).micro_batch or rank_batch for role in roles))
+
+
+class _Cast:
+    """Every role's network on fake tensors, as a rank would have it."""
+
+    def __init__(self, recipe: Recipe, objective: Objective, networks: NetworksConfig, world: World) -> None:
+        self._recipe, self._objective, self._networks, self._world = recipe, objective, networks, world
+        self.engines = {role: self._engine(role) for role in names_of(objective, "trainable")}
+        others = (*names_of(objective, "tracking"), *names_of(objective, "frozen"))
+        self.companions = {role: Companion(self._specification(role, self._served(role))) for role in others}
+        self.shapes = {role: self._shapes(role) for role in self.engines}
+
+    def trace(self, phase: Phase) -> tuple[Readings, float, Mapping[Collective, float]]:
+        """Run a phase's micro-batches; return what was seen, and the FLOPs and messages of all of them."""
+        micro_batch, micro_batches = self._micro_batches(phase)
+        with StepMeter() as meter:
+            terms = self._compute(phase, micro_batch)
+            computed = meter.readings()
+            for role in phase.trains:
+                self._finish(role, meter)
+        readings = meter.readings()
+        messages: Counter[Collective] = Counter(readings.collectives)
+        for collective, count in computed.collectives.items():
+            if collective.kind != "all_reduce":  # replicas of shards are summed after the last micro-batch alone
+                messages[collective] += count * (micro_batches - 1)
+        messages += self._of_the_step(phase, terms, micro_batches)
+        return readings, readings.flops + computed.flops * (micro_batches - 1), messages
+
+    def companion_bytes(self) -> int:
+        """What the other roles keep on the rank."""
+        values = (value for part in self.companions.values() for value in part.network.parameters())
+        return sum(value.numel() * value.element_size() for value in local_tensors(list(values)))
+
+    def _compute(self, phase: Phase, samples: int) -> LossTerms:
+        """The last micro-batch, as the train loop takes it."""
+        fields = batch_fields(self._recipe, self._networks, samples)
+        batch = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in fields.items()}
+        positions = torch.arange(samples)
+        with ExitStack() as contexts:
+            networks = self._networks_in(phase, contexts)
+            for role in phase.trains:
+                contexts.enter_context(self.engines[role].accumulate(last=True))
+            random = PositionRandom(self._recipe.seed, positions)
+            terms = self._objective(networks, Batch(batch, positions), phase, random)
+            self.engines[phase.trains[0]].backward(terms.loss)
+        return terms
+
+    def _networks_in(self, phase: Phase, contexts: ExitStack) -> dict[str, nn.Module]:
+        trained = {role: engine.module for role, engine in self.engines.items() if role in phase.trains}
+        untrained = {
+            role: contexts.enter_context(engine.untrained())
+            for role, engine in self.engines.items()
+            if role not in phase.trains
+        }
+        return {**trained, **untrained, **{role: part.network for role, part in self.companions.items()}}
+
+    def _finish(self, role: str, meter: StepMeter) -> None:
+        """Update a role where its update sends messages, and forget its gradients."""
+        engine = self.engines[role]
+        parameters = list(engine.network.parameters())
+        meter.keep(local_tensors([value.grad for value in parameters if value.grad is not None]))
+        if isinstance(engine, FSDPEngine) and isinstance(self._recipe.optimizer_of(role), MuonConfig):
+            engine.apply_update(1.0, 1.0)
+        for value in parameters:
+            value.grad = None
+
+    def _of_the_step(self, phase: Phase, terms: LossTerms, micro_batches: int) -> Counter[Collective]:
+        """Messages that no fake group sees: those of DDP and ZeRO, and the step's sums over ranks."""
+        world_size = self._world.size
+        numbers = 3 + 2 * len(terms.metrics) + sum(value.numel() for value in terms.statistics.values())
+        sent: Counter[Collective] = Counter()
+        if world_size > 1:
+            sent[Collective(kind="all_reduce", ranks=tuple(range(world_size)), message_bytes=8 * numbers)] += 1
+        for role in phase.trains:
+            if not isinstance(engine := self._recipe.engine_of(role), FSDPConfig):
+                sent += sent_by_replica(
+                    self.shapes[role],
+                    engine,
+                    world_size=world_size,
+                    device=self._world.device,
+                    micro_batches=micro_batches,
+                )
+        return sent
+
+    def _micro_batches(self, phase: Phase) -> tuple[int, int]:
+        """Samples that a phase computes at once, and how often it does."""
+        micro_batch = micro_batch_of(self._recipe, phase.trains, self._world.size)
+        return micro_batch, -(-(self._recipe.data.global_batch // self._world.size) // micro_batch)
+
+    def _engine(self, role: str) -> FSDPEngine | Replica:
+        specification = self._specification(role, role)
+        if not isinstance(specification.engine, FSDPConfig):
+            return Replica(specification)
+        return FSDPEngine(
+            RoleSpecification(
+                **vars(specification),
+                optimizer=self._recipe.optimizer_of(role),
+                schedule=ConstantScheduleConfig(),
+                total_steps=1,
+                average=None,
+            )
+        )
+
+    def _specification(self, role: str, served: str) -> NetworkSpecification:
+        return NetworkSpecification(
+            engine=_eager(self._recipe.engine_of(served)),
+            network=settings_of(self._networks, self._objective.roles[role]),
+            role=role,
+            seed=0,
+            world=self._world,
+        )
+
+    def _served(self, role: str) -> str:
+        """The trainable role like which another is sharded."""
+        return self._objective.roles[role].follows or next(iter(self.engines))
+
+    def _shapes(self, role: str) -> list[Parameter]:
+        settings = settings_of(self._networks, self._objective.roles[role])
+        with unset_fake_temporarily(), torch.device("meta"):
+            network: Network = settings.load()(settings)
+        tags = parameter_tags(network)
+        return [Parameter(shape=tuple(value.shape), tag=tags[name]) for name, value in network.named_parameters()]
+
+
+def _eager(engine: EngineConfig) -> EngineConfig:
+    """Without compilation, which changes no shape and needs real tensors; a budget becomes its lower bound."""
+    budget = {"activation_checkpointing": "full", "activation_memory_budget": None}
+    return engine.model_copy(
+        update={"compile": False, **(budget if engine.activation_checkpointing == "budget" else {})}
+    )
