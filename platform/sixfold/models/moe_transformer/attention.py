@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -53,7 +54,22 @@ def rotate(
     sine: Float[Tensor, "length 1 features"],
 ) -> Float[Tensor, "n length heads features"]:
     """Rotate each feature with its partner, half the features away, in fp32."""
-    return torch.addcmul(x * cosine, x.roll(x.shape[-1] // 2, dims=-1), sine).to(x.dtype)
+    rotated: Tensor = _Rotation.apply(x, cosine, sine)  # type: ignore[no-untyped-call]  # torch's
+    return rotated
+
+
+class _Rotation(torch.autograd.Function):
+    """The transpose of a rotation is the rotation by the opposite angle: as cheap as the forward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        ctx.save_for_backward(cosine, sine)
+        return torch.addcmul(x * cosine, x.roll(x.shape[-1] // 2, dims=-1), sine).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        cosine, sine = ctx.saved_tensors
+        return rotate(gradient, cosine, -sine), None, None
 
 
 class Attention(nn.Module):
