@@ -55,7 +55,8 @@ class Job:
     @classmethod
     def submit(cls, profile, *arguments, data, runs, settings=(), environment=None, recipe=RECIPE):
         """Submit the small language model, or another recipe, and return at once."""
-        profile_settings = [part for setting in (f"runs={runs}", *settings) for part in ("--with", setting)]
+        own = (f"runs={runs}", "snapshot.policy=changes")  # the checkout under test may be dirty
+        profile_settings = [part for setting in (*own, *settings) for part in ("--with", setting)]
         done = sixfold(
             "submit", recipe, "--to", profile, f"data.path={data}", *TINY, *profile_settings, *arguments, "--json",
             environment=environment, directory=Path(runs).parent,

@@ -3,8 +3,10 @@
 import json
 import os
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from cluster_jobs import REFERENCE, Job
@@ -63,6 +65,27 @@ class SlurmCluster:
             return False
         self("scontrol", "update", f"JobId={job}", "StartTime=now")
         return True
+
+    def kill_node(self, node):
+        """What a power failure does to a node: its daemon and everything under it are gone at once."""
+        tasks = [process for process in psutil.process_iter() if self._stands_on(process, node)]
+        steps = {parent for task in tasks for parent in task.parents() if parent.name().startswith("slurmstepd")}
+        # First what would still report the others' end.
+        for process in [psutil.Process(self.daemon(node)), *steps, *tasks]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+
+    def _stands_on(self, process, node):
+        try:
+            environment = process.environ()
+        except psutil.Error:
+            return False
+        mine = environment.get("SLURM_CONF") == str(self.state / "slurm.conf")
+        return mine and environment.get("SLURMD_NODENAME") == node
+
+    def mend(self):
+        """Start the daemons again that have ended, and wait until every node is idle."""
+        subprocess.run([DEV_CLUSTER, "up", "--state", self.state], check=True, capture_output=True)
 
     def is_idle(self):
         """Whether no allocation is held and no job waits."""
