@@ -44,12 +44,19 @@ _QUICK_DEATH = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 50
 class RayNode:
     """One node of a cluster: the process that keeps its raylet, and when it began (a pid alone may be reused).
 
-    ``agent_port`` is where its agent listens; Ray's default is one port for all nodes and clusters of a machine.
+    ``agent_port`` is where its agent listens; Ray's default is one port for all nodes and clusters of a machine. The
+    head has number 0; numbers are not used again, since a dead node's address and folder may linger.
     """
 
+    number: int
     pid: int
     started_s: float
     agent_port: int
+
+    @property
+    def host(self) -> str:
+        """Its address, 127.0.0.2 and on: for 127.0.0.1 Ray would take the machine's public one."""
+        return f"127.0.0.{self.number + 2}"
 
     @property
     def is_running(self) -> bool:
@@ -85,7 +92,7 @@ class RayCluster:
     @property
     def address(self) -> str:
         """What ``RAY_ADDRESS`` is for drivers."""
-        return f"{_node_host(0)}:{self.port}"
+        return f"127.0.0.2:{self.port}"
 
     @property
     def dashboard(self) -> str:
@@ -142,7 +149,11 @@ def up(folder: Path, *, nodes: int, cpus_per_node: int = 2, timeout_s: float = R
     deadline_s = time.monotonic() + timeout_s
     while len(cluster.nodes) < nodes:
         cluster = add_node(cluster)
-        while cluster.nodes[0].is_running and not _listens(cluster.port) and time.monotonic() < deadline_s:
+        while (
+            cluster.nodes[0].is_running
+            and not _listens(cluster.nodes[0], cluster.port)
+            and time.monotonic() < deadline_s
+        ):
             time.sleep(0.1)
     wait_until_ready(cluster, nodes=nodes, timeout_s=timeout_s)
     return cluster
@@ -150,12 +161,12 @@ def up(folder: Path, *, nodes: int, cpus_per_node: int = 2, timeout_s: float = R
 
 def add_node(cluster: RayCluster) -> RayCluster:
     """Start one more node, the head if it is the first, and return the cluster with it; it joins within seconds."""
-    number = len(cluster.nodes)
+    number = 1 + max((node.number for node in cluster.nodes), default=-1)
     (agent_port,) = _free_ports(1)
-    log = Path(cluster.folder) / f"node-{number}.log"
-    with log.open("wb") as output:
+    node = RayNode(number=number, pid=0, started_s=0.0, agent_port=agent_port)
+    with _log_of(cluster, node).open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "ray.scripts.scripts", *node_arguments(cluster, number, agent_port)],
+            [sys.executable, "-m", "ray.scripts.scripts", *node_arguments(cluster, node)],
             env={**os.environ, **cluster.environment(), MARK: cluster.mark, "RAY_USAGE_STATS_ENABLED": "0"},
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -163,26 +174,25 @@ def add_node(cluster: RayCluster) -> RayCluster:
             start_new_session=True,  # Ctrl-C at the terminal it was started from is not for it
         )
     found = _process(process.pid)
-    started_s = time.time() if found is None else found.create_time()
-    node = RayNode(pid=process.pid, started_s=started_s, agent_port=agent_port)
+    node = replace(node, pid=process.pid, started_s=time.time() if found is None else found.create_time())
     return _record(replace(cluster, nodes=(*cluster.nodes, node)))
 
 
-def node_arguments(cluster: RayCluster, number: int, agent_port: int) -> list[str]:
-    """The arguments of ``ray start`` for the head (number 0) or another node on loopback."""
+def node_arguments(cluster: RayCluster, node: RayNode) -> list[str]:
+    """The arguments of ``ray start`` for a node."""
     common = [
         "start",
         "--block",
-        f"--node-ip-address={_node_host(number)}",
+        f"--node-ip-address={node.host}",
         f"--num-cpus={cluster.cpus_per_node}",
         "--num-gpus=0",
-        f"--dashboard-agent-listen-port={agent_port}",
+        f"--dashboard-agent-listen-port={node.agent_port}",
         # In a folder that nodes share, one unpacks a job's code again while ranks of another import it.
-        f"--temp-dir={cluster.temporary}/{number}",
+        f"--temp-dir={cluster.temporary}/{node.number}",
         f"--object-store-memory={_OBJECT_STORE_BYTES}",
         "--disable-usage-stats",
     ]
-    if number > 0:
+    if node.number > 0:
         # One log monitor a machine, or every line of a worker would be shown once for each node.
         return [*common, f"--address={cluster.address}", "--include-log-monitor=false"]
     return [
@@ -194,11 +204,6 @@ def node_arguments(cluster: RayCluster, number: int, agent_port: int) -> list[st
         f"--ray-client-server-port={cluster.client_port}",
         f"--system-config={json.dumps(_QUICK_DEATH)}",
     ]
-
-
-def _node_host(number: int) -> str:
-    """127.0.0.2 and on: for 127.0.0.1 Ray would take the machine's public address."""
-    return f"127.0.0.{number + 2}"
 
 
 def find(folder: Path) -> RayCluster | None:
@@ -231,10 +236,10 @@ def wait_until_ready(cluster: RayCluster, *, nodes: int, timeout_s: float = READ
     """
     deadline_s = time.monotonic() + timeout_s
     while True:
-        for number, node in enumerate(cluster.nodes):
+        for node in cluster.nodes:
             if not node.is_running:
                 raise EnvironmentFault.of(
-                    f"node {number} of the Ray cluster has ended:\n{_last_lines(cluster, number)}",
+                    f"node {node.number} of the Ray cluster has ended:\n{_last_lines(_log_of(cluster, node))}",
                     where=cluster.folder,
                     fix="look at the words above; `sixfold ray down` clears what is left",
                 )
@@ -242,8 +247,9 @@ def wait_until_ready(cluster: RayCluster, *, nodes: int, timeout_s: float = READ
         if found >= nodes:
             return
         if time.monotonic() > deadline_s:
+            words = _last_lines(_log_of(cluster, cluster.nodes[-1]))
             raise EnvironmentFault.of(
-                f"{found} of {nodes} Ray nodes were there after {timeout_s:.0f} s:\n{_last_lines(cluster, 0)}",
+                f"{found} of {nodes} Ray nodes were there after {timeout_s:.0f} s:\n{words}",
                 where=cluster.folder,
                 fix="free memory and cores of this machine, then try again",
             )
@@ -333,21 +339,24 @@ def _reap(pid: int) -> None:
         os.waitpid(pid, os.WNOHANG)
 
 
-def _listens(port: int) -> bool:
+def _listens(node: RayNode, port: int) -> bool:
     with socket.socket() as probe:
-        return probe.connect_ex((_node_host(0), port)) == 0
+        return probe.connect_ex((node.host, port)) == 0
 
 
 def _joined(cluster: RayCluster) -> int:
     """How many nodes the head counts; 0 while it does not answer, or the agent that starts drivers does not listen."""
     try:
-        return len(cluster.server.nodes()) if _listens(cluster.nodes[0].agent_port) else 0
+        return len(cluster.server.nodes()) if _listens(cluster.nodes[0], cluster.nodes[0].agent_port) else 0
     except EnvironmentFault:
         return 0
 
 
-def _last_lines(cluster: RayCluster, number: int) -> str:
-    log = Path(cluster.folder) / f"node-{number}.log"
+def _log_of(cluster: RayCluster, node: RayNode) -> Path:
+    return Path(cluster.folder) / f"node-{node.number}.log"
+
+
+def _last_lines(log: Path) -> str:
     lines = log.read_text(errors="replace").splitlines() if log.exists() else []
     return "\n".join(line for line in lines[-12:] if line.strip())
 

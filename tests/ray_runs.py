@@ -1,0 +1,102 @@
+"""What the Ray tests see of a real local cluster: its nodes, the ranks on them, and how to take them away."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import psutil
+
+from cluster_jobs import Job, attempts, command_of, losses, wait_for
+from sixfold_launchers import ray_cluster
+
+STEPS = 40
+TWELVE_LANES = ("data.global_batch=12", "data.lanes=12")
+"""Lanes that 1, 2, 3, 4, 6 and 12 ranks can share."""
+
+
+class Nodes:
+    """A local Ray cluster, as its record has it at each moment."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    @property
+    def cluster(self):
+        """The record."""
+        return ray_cluster.find(self.folder)
+
+    @property
+    def size(self):
+        """Nodes that run."""
+        return sum(node.is_running for node in self.cluster.nodes)
+
+    def bring_up(self, nodes):
+        """Start, complete or leave as it is; return the cluster."""
+        return ray_cluster.up(self.folder, nodes=nodes, cpus_per_node=1)
+
+    def processes(self, title):
+        """Processes of the cluster, jobs' included, with a text in their command line."""
+        found = [psutil.Process(pid) for pid in ray_cluster.processes_of(self.cluster)]
+        return [process for process in found if title in command_of(process)]
+
+    def ranks(self):
+        """The processes of all ranks, that on the head first."""
+        order = [node.pid for node in self.cluster.nodes]
+        return sorted(self.processes("ray::RayTrainWorker"), key=lambda process: order.index(os.getsid(process.pid)))
+
+    def drivers(self):
+        """The processes that drive jobs: the children that talk to Ray."""
+        return [process for process in self.processes("ray_driver --attempt") if "/bin/sh" not in command_of(process)]
+
+    def node_of(self, rank):
+        """The node that a rank runs on."""
+        return next(node for node in self.cluster.nodes if node.pid == os.getsid(rank.pid))
+
+    def kill(self, node):
+        """Take a node away as a power failure would."""
+        process = psutil.Process(node.pid)
+        for each in [process, *process.children(recursive=True)]:
+            each.kill()
+        psutil.wait_procs([process], timeout=10)
+
+    def drain(self, node):
+        """Announce that a node will be taken away in five minutes, as a cloud does to a preemptible machine."""
+        cluster = self.cluster
+        (node_id,) = [each["node_id"] for each in cluster.server.nodes() if each["node_ip"] == node.host]
+        options = ("--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "test")
+        command = ("drain-node", f"--address={cluster.address}", f"--node-id={node_id}", *options)
+        subprocess.run(
+            [sys.executable, "-m", "ray.scripts.scripts", *command, "--deadline-remaining-seconds=300"],
+            env={**os.environ, **cluster.environment()},
+            check=True,
+            timeout=60,
+            capture_output=True,
+        )
+
+
+class Held:
+    """Holds ranks still, so that a test acts at a known step and nothing is trained meanwhile."""
+
+    def __init__(self, processes):
+        self.processes = processes
+
+    def __enter__(self):
+        for process in self.processes:
+            process.send_signal(signal.SIGSTOP)
+        return self
+
+    def __exit__(self, *_):
+        for process in self.processes:
+            if process.is_running():
+                process.send_signal(signal.SIGCONT)
+
+
+def wait_for_attempt(job: Job, number, step=1, timeout=120):
+    """Wait until a run was started or resumed so many times, and has taken ``step`` steps since."""
+
+    def reached():
+        starts = attempts(job.run) if losses(job.run) else []
+        return len(starts) >= number and max(losses(job.run), default=0) >= starts[-1] + step
+
+    wait_for(reached, f"{job.run} did not come to attempt {number}", timeout, job)
