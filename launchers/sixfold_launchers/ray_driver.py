@@ -6,47 +6,56 @@ them with it, and the next child's ranks resume from the newest checkpoint that 
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import os
 import signal
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO
 
 from sixfold.errors import SixfoldError
-from sixfold_launchers.ray_order import DRIVER_MODULE, Order
+from sixfold_launchers.ray_order import DRIVER_MODULE, Order, Requests
 
-_ATTEMPT = "--attempt"
 _PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 
 
-def main(arguments: list[str]) -> int:
+def main() -> int:
     """Drive the order named; return the exit code: 0 when every run finished or was stopped, else 1."""
-    if arguments[0] == _ATTEMPT:
-        return _attempt(Path(arguments[1]))
-    path = Path(arguments[0]).absolute()
+    parser = argparse.ArgumentParser(prog=DRIVER_MODULE)
+    parser.add_argument("order", type=Path)
+    parser.add_argument("--run", type=Path, help="the one run to train; by default all of the order")
+    parser.add_argument("--log", type=Path, help="file that driver and ranks are also written to")
+    parser.add_argument("--attempt", action="store_true", help="be the child")
+    options = parser.parse_args()
     try:
-        return _supervise(path, Order.read(path))
+        order = Order.read(options.order)
+        runs = order.runs if options.run is None else (options.run,)
+        return _attempt(options.order, order, runs) if options.attempt else _supervise(order, runs, options.log)
     except SixfoldError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code
 
 
-def _supervise(path: Path, order: Order) -> int:
+def _supervise(order: Order, runs: tuple[Path, ...], log_file: Path | None) -> int:
+    command = [sys.executable, "-m", DRIVER_MODULE, "--attempt", *sys.argv[1:]]
     restarts = 0
-    order.logs.mkdir(parents=True, exist_ok=True)
-    with (order.logs / "ray.out").open("ab", buffering=0) as log:
+    with ExitStack() as stack:
+        outputs: list[BinaryIO] = [sys.stdout.buffer]
+        if log_file is not None:
+            outputs.append(stack.enter_context(log_file.open("ab")))
         while True:
-            code = _run_child([sys.executable, "-m", DRIVER_MODULE, _ATTEMPT, str(path)], log)
-            if code >= 0 or order.requests.read() == "stop" or restarts == order.profile.max_failures:
+            code = _run_child(command, outputs)
+            if code >= 0 or restarts == order.profile.max_failures or _all_stopped(runs):
                 return code if code >= 0 else 128 - code
             restarts += 1
-            _write(f"sixfold: the driver was ended by {signal.Signals(-code).name}; restart {restarts}\n".encode(), log)
+            _write(f"sixfold: the driver was ended by {signal.Signals(-code).name}; restart {restarts}\n", outputs)
 
 
-def _run_child(command: list[str], log: BinaryIO) -> int:
-    """Run the child to its end, its words written to the job's log as well as to Ray's; who ends us ends it."""
+def _run_child(command: list[str], outputs: list[BinaryIO]) -> int:
+    """Run the child to its end and pass on what it writes; who ends us ends it."""
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as child:
 
         def pass_on(number: int, _frame: object) -> None:
@@ -57,32 +66,31 @@ def _run_child(command: list[str], log: BinaryIO) -> int:
             signal.signal(number, pass_on)
         assert child.stdout is not None
         for line in child.stdout:
-            _write(line, log)
+            _write(line.decode(errors="replace"), outputs)
         return child.wait()
 
 
-def _write(line: bytes, log: BinaryIO) -> None:
-    log.write(line)
-    sys.stdout.buffer.write(line)
-    sys.stdout.buffer.flush()
+def _write(line: str, outputs: list[BinaryIO]) -> None:
+    for output in outputs:
+        output.write(line.encode())
+        output.flush()
 
 
-def _end_with_parent() -> None:
-    """Have the kernel end this process when its parent is gone: nobody would answer for its ranks."""
+def _all_stopped(runs: tuple[Path, ...]) -> bool:
+    return all(Requests(run).read() == "stop" for run in runs)
+
+
+def _attempt(path: Path, order: Order, runs: tuple[Path, ...]) -> int:
+    # The kernel ends this process when its parent is gone: nobody would answer for its ranks.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def _attempt(path: Path) -> int:
     from sixfold.train.run_folder import RunFolder
     from sixfold_launchers.ray_train import TrainingFailedError, connect, train_run
 
-    _end_with_parent()
-    order = Order.read(path)
     connect()
     failed = 0
-    for run in order.runs:
-        if order.requests.read() == "stop":
-            break
+    for run in runs:
+        if Requests(run).read() == "stop":
+            continue
         try:
             sys.stdout.write(f"sixfold: {run.name}: {train_run(path, order, run)}\n")
         except SixfoldError as error:
@@ -95,4 +103,4 @@ def _attempt(path: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -23,6 +23,7 @@ from sixfold_launchers.ray_order import DRIVER_MODULE, ORDER, Requests, order_of
 from sixfold_launchers.ray_server import RayServer
 
 JOB = "ray-job.json"
+LOG = "ray.out"
 _SAVE_TIMEOUT_S = 60.0
 _STATES: dict[str, State] = {
     "PENDING": "pending",
@@ -82,7 +83,8 @@ class RayLauncher:
             return JobStatus(state=state, detail="the cluster has forgotten it")
         state = _STATES[found["status"]]
         if state == "finished" and outcomes != {"finished"}:
-            state = "cancelled" if Requests(job.spec.folder).read() == "stop" else "interrupted"
+            stopped = any(Requests(run.folder).read() == "stop" for run in job.spec.runs)
+            state = "cancelled" if stopped else "interrupted"
         return JobStatus(state=state, detail=_last_line(found.get("message") or ""))
 
     def logs(self, job: JobRecord, *, follow: bool) -> Iterator[str]:
@@ -92,7 +94,8 @@ class RayLauncher:
     def cancel(self, job: JobRecord) -> None:
         """Have the ranks save and end, within a minute; then end what is left."""
         assert job.cluster_id is not None
-        Requests(job.spec.folder).make("stop")
+        for run in job.spec.runs:
+            Requests(run.folder).make("stop")
         deadline_s = time.monotonic() + _SAVE_TIMEOUT_S
         while self.status(job).state == "running" and time.monotonic() < deadline_s:
             time.sleep(0.5)
@@ -106,13 +109,15 @@ class RayLauncher:
             UserError: the job is finished, or waits already.
         """
         assert job.cluster_id is not None
-        requests, state = Requests(job.spec.folder), self.status(job).state
+        requests, state = [Requests(run.folder) for run in job.spec.runs], self.status(job).state
         if state == "running":
-            requests.make("regroup")
+            for each in requests:
+                each.make("regroup")
             return job.cluster_id
         if state in ("finished", "pending"):
             raise UserError.of(f"job {job.job_id} is {state}", fix="nothing to do: only others can start again")
-        requests.clear("stop")
+        for each in requests:
+            each.clear("stop")
         specification = json.loads((job.spec.folder / JOB).read_text())
         return self._submit(job.spec, specification | {"submission_id": _next_id(job.spec.job_id, job.cluster_id)})
 
@@ -162,7 +167,9 @@ def job_specification(spec: JobSpec, profile: RayProfile) -> dict[str, Any]:
         variables["PYTHONPATH"] = "platform:launchers:data_pipelines"
     return {
         "submission_id": spec.job_id,
-        "entrypoint": shlex.join([spec.python, "-m", DRIVER_MODULE, str(spec.folder / ORDER)]),
+        "entrypoint": shlex.join(
+            [spec.python, "-m", DRIVER_MODULE, str(spec.folder / ORDER), "--log", str(spec.logs / LOG)]
+        ),
         "runtime_env": runtime_env,
         "metadata": {"recipe": ", ".join(dict.fromkeys(run.recipe for run in spec.runs))},
     }

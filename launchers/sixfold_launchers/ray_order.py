@@ -1,4 +1,4 @@
-"""What a Ray job works through: an order in a file that every node sees, and requests to the ranks beside it.
+"""What a Ray job works through: an order in a file that every node sees, and requests to the ranks of a run.
 
 Nothing here needs Ray: the launcher writes the order, the driver and every rank on the cluster read it.
 """
@@ -72,26 +72,16 @@ class Order:
             profile=profile,
         )
 
-    @property
-    def logs(self) -> Path:
-        """Folder of the job's log files."""
-        return self.folder / "logs"
-
-    @property
-    def requests(self) -> Requests:
-        """What the ranks are asked."""
-        return Requests(self.folder)
-
 
 @dataclass(frozen=True)
 class Requests:
-    """A request to all ranks of a job as a small file in its folder; they look at it between steps."""
+    """A request to all ranks of a run as a small file in its folder; they look at it between steps."""
 
-    folder: Path
+    run: Path
 
     @property
     def _path(self) -> Path:
-        return self.folder / "request"
+        return self.run / "request"
 
     def make(self, request: Request) -> None:
         """Ask; a user's ``stop`` is never overwritten by a ``regroup``."""

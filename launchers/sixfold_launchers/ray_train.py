@@ -74,7 +74,7 @@ def train_on_rank(config: dict[str, str]) -> None:
     try:
         order = Order.read(Path(config["order"]))
         _enter(order)
-        status = _work(RunFolder(folder), rank, Asked(order.requests, asks_ray=context.get_local_rank() == 0))
+        status = _work(RunFolder(folder), rank, Asked(Requests(folder), asks_ray=context.get_local_rank() == 0))
     except Exception as error:  # the one place that reports for the rank
         known = user_facing(error)
         if known is None:
@@ -106,7 +106,7 @@ def _work(folder: Any, rank: int, asked: Callable[[], bool]) -> str:
 
 
 class Asked:
-    """Whether this rank wants all to save and end: its node is being taken away, or the job's folder holds a request.
+    """Whether this rank wants all to save and end: its node is being taken away, or the run's folder holds a request.
 
     One rank that wants it is enough, the loop agrees on it. ``ray.train.get_preemption_info`` would make all ranks meet
     at every step; here each looks for itself, twice a second at most, and one rank a node asks Ray.
@@ -334,7 +334,7 @@ def train_run(order_path: Path, order: Order, run: Path) -> str:
     Raises:
         TrainingFailedError: it failed for good; what the ranks left is in the run folder.
     """
-    profile = order.profile
+    profile, requests = order.profile, Requests(run)
     numbers = rank_numbers(profile, _lanes(run))
     scaling = ray.train.ScalingConfig(
         num_workers=numbers[-1],
@@ -345,8 +345,8 @@ def train_run(order_path: Path, order: Order, run: Path) -> str:
     )
     failures = ray.train.FailureConfig(max_failures=profile.max_failures)
     trainer = Trainer(
-        scaling=FollowCluster(scaling, numbers=numbers, requests=order.requests, interval_s=profile.grow_interval_s),
-        failures=Budget(failures, order.requests),
+        scaling=FollowCluster(scaling, numbers=numbers, requests=requests, interval_s=profile.grow_interval_s),
+        failures=Budget(failures, requests),
         train_loop_per_worker=train_on_rank,
         train_loop_config={"order": str(order_path), "run": str(run)},
         backend_config=Variables(),
@@ -357,7 +357,7 @@ def train_run(order_path: Path, order: Order, run: Path) -> str:
     try:
         trainer.fit()
     except TrainingFailedError:
-        if order.requests.read() == "stop" and read_outcome(run) == "interrupted":
+        if requests.read() == "stop" and read_outcome(run) == "interrupted":
             return "interrupted"
         raise
     return "finished"

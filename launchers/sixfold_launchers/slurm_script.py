@@ -14,7 +14,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 
 from sixfold_launchers.contract import INTERRUPTED, OUTCOME, JobSpec
-from sixfold_launchers.profiles import BaseProfile, ContainerConfig, SlurmAllocation, SlurmProfile
+from sixfold_launchers.profiles import BaseProfile, ContainerConfig, SlurmAllocation, SlurmProfile, SlurmRayProfile
 
 SCRIPT = "job.sbatch"
 NAME_PREFIX = "sixfold-"
@@ -96,23 +96,54 @@ def contained(container: ContainerConfig | None, spec: JobSpec) -> tuple[list[st
 
 def render(profile: SlurmProfile, spec: JobSpec) -> str:
     """The batch script that trains a job's run, or one run of its sweep in each task of an array."""
-    sruns, prefix = contained(profile.container, spec)
-    worker = [spec.python, "-m", "sixfold_launchers.slurm_task"]
     own: list[tuple[str, str | None]] = [
         ("ntasks-per-node", str(profile.tasks_per_node())),
         ("cpus-per-task", str(profile.cpus_per_rank)),
-        ("array", _array(profile, spec)),
+        ("array", array(profile.array_parallelism, spec)),
     ]
+    return script(
+        profile,
+        spec,
+        own=own,
+        cpus_per_task=profile.cpus_per_rank,
+        worker=[spec.python, "-m", "sixfold_launchers.slurm_task"],
+        arguments=secret_arguments(profile),
+        max_restarts=profile.max_restarts,
+    )
+
+
+def script(
+    profile: SlurmProfile | SlurmRayProfile,
+    spec: JobSpec,
+    *,
+    own: Sequence[tuple[str, str | None]],
+    cpus_per_task: int,
+    worker: Sequence[str],
+    arguments: Sequence[str],
+    max_restarts: int,
+) -> str:
+    """The batch script whose one step runs ``worker RUN_FOLDER arguments`` in every task.
+
+    Args:
+        profile: the allocation.
+        spec: the job.
+        own: the launcher's own options of sbatch; None leaves one out.
+        cpus_per_task: CPU cores of each task.
+        worker: the command of a task.
+        arguments: what follows the run folder.
+        max_restarts: starts of the step inside the allocation after tasks were killed.
+    """
+    sruns, prefix = contained(profile.container, spec)
     return _BODY.format(
         header=header(profile, spec, own),
         environment=environment(profile, spec),
         setup="".join(f"{line}\n" for line in profile.setup),
         runs="\n".join(f"  {shlex.quote(str(run.folder))}" for run in spec.runs),
-        srun=shlex.join(["srun", "--kill-on-bad-exit=1", f"--cpus-per-task={profile.cpus_per_rank}", *sruns]),
+        srun=shlex.join(["srun", "--kill-on-bad-exit=1", f"--cpus-per-task={cpus_per_task}", *sruns]),
         worker=shlex.join([*prefix, *worker]),
-        secrets="".join(f" {shlex.quote(argument)}" for argument in secret_arguments(profile)),
-        max_restarts=profile.max_restarts,
-        starts=profile.max_restarts + 1,
+        arguments="".join(f" {shlex.quote(argument)}" for argument in arguments),
+        max_restarts=max_restarts,
+        starts=max_restarts + 1,
         pause_s=_FIRST_PAUSE_S,
         requeue=requeue_lines(profile, spec),
         outcome=OUTCOME,
@@ -120,10 +151,11 @@ def render(profile: SlurmProfile, spec: JobSpec) -> str:
     )
 
 
-def _array(profile: SlurmProfile, spec: JobSpec) -> str | None:
+def array(parallelism: int | None, spec: JobSpec) -> str | None:
+    """The option that makes a sweep an array of one task a run; None for a single run."""
     if len(spec.runs) == 1:
         return None
-    limit = "" if profile.array_parallelism is None else f"%{profile.array_parallelism}"
+    limit = "" if parallelism is None else f"%{parallelism}"
     return f"0-{len(spec.runs) - 1}{limit}"
 
 
@@ -176,7 +208,7 @@ for restart in $(seq 0 {max_restarts}); do
   rm -f "$run/{outcome}" "$run"/errors/rank-*.txt
   export SIXFOLD_ATTEMPT=$(( ${{SLURM_RESTART_COUNT:-0}} * {starts} + restart ))
   {srun} \\
-    {worker} "$run"{secrets} &
+    {worker} "$run"{arguments} &
   step=$!
   # A trapped signal ends a wait early; the next wait returns how srun ended.
   while before=$signals; wait "$step"; code=$?; [ "$before" != "$signals" ]; do :; done
