@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from parity_matrix import Trajectory
 from sixfold.distributed.collectives import sum_over_ranks
 from sixfold.distributed.process_group import World
+from sixfold.engine.averaging_config import AverageConfig, ConstantAverageConfig
 from sixfold.engine.build import build_engine
 from sixfold.engine.config import AdamWConfig, ConstantScheduleConfig, DDPConfig, EngineConfig
 from sixfold.engine.contract import Engine, StepReport
 from toy_network import ToyConfig, toy_batch
 
 GLOBAL_BATCH = 16
+AVERAGE = ConstantAverageConfig(decay=0.9)
 REFERENCE = DDPConfig(precision="fp32")
 
 
@@ -39,7 +41,11 @@ class Trace(Trajectory):
 
 
 def toy_engine(
-    config: EngineConfig, optimizer: Any = None, schedule: Any = None, ema_decay: float | None = 0.9, **toy: Any
+    config: EngineConfig,
+    optimizer: Any = None,
+    schedule: Any = None,
+    average: AverageConfig | None = AVERAGE,
+    **toy: Any,
 ) -> Engine:
     """Build the toy role on the present world."""
     return build_engine(
@@ -50,7 +56,7 @@ def toy_engine(
         role="toy",
         seed=5,
         total_steps=40,
-        ema_decay=ema_decay,
+        average=average,
         world=this_world(),
     )
 

@@ -108,7 +108,7 @@ def assemble_roles(config: EngineConfig, accumulation: int = 1) -> Training:
             role=role,
             seed=3,
             total_steps=20,
-            ema_decay=None,
+            average=None,
             world=world,
         )
         for role in names_of(objective, "trainable")

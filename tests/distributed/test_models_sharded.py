@@ -39,7 +39,7 @@ def train_and_decode(engine_config):
         role="lm",
         seed=3,
         total_steps=STEPS,
-        ema_decay=None,
+        average=None,
         world=World(rank=rank, size=size, local_rank=rank),
     )
     objective = OBJECTIVE.load()(OBJECTIVE, {"lm": NETWORK})

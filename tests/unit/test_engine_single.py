@@ -11,7 +11,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from engine_cases import REFERENCE, largest_difference, toy_engine, toy_step, train_toy, whole_state
 from sixfold.engine.activation_checkpointing import COSTLY_OPERATIONS
-from sixfold.engine.averaging import average_decay
+from sixfold.engine.averaging import decays
+from sixfold.engine.averaging_config import ConstantAverageConfig
 from sixfold.engine.base import clip_factor
 from sixfold.engine.config import ConstantScheduleConfig, DDPConfig, DeepSpeedConfig, EngineConfig, MuonConfig
 from sixfold.engine.precision import compute_dtype
@@ -53,7 +54,7 @@ def test_recomputation_is_real_and_exact():
 
 
 def test_averages_follow_their_recurrence():
-    engine = toy_engine(REFERENCE, ema_decay=0.3)
+    engine = toy_engine(REFERENCE, average=ConstantAverageConfig(decay=0.3))
     expected = {name: value.clone() for name, value in engine.full_parameters(averaged=False)}
     for step in range(6):
         toy_step(engine, step)
@@ -61,7 +62,7 @@ def test_averages_follow_their_recurrence():
         for name, value in engine.full_parameters(averaged=False):
             expected[name] = decay * expected[name] + (1 - decay) * value
     assert largest_difference(dict(engine.full_parameters(averaged=True)), expected) < 1e-6
-    assert average_decay(0.9999, 10**6) == 0.9999
+    assert decays(ConstantAverageConfig(decay=0.9999), 10**6) == (0.9999,)
 
 
 def test_clipping_scales_only_longer_gradients():
@@ -93,7 +94,7 @@ def test_state_is_complete_before_the_first_step_and_loads_bitwise():
 
 
 def test_roles_without_averages_have_none():
-    engine = toy_engine(REFERENCE, ema_decay=None)
+    engine = toy_engine(REFERENCE, average=None)
     assert not any(name.startswith("ema/") for name in engine.checkpoint_state())
     toy_step(engine, 0)
     with engine.averaged():
@@ -177,6 +178,7 @@ def test_malformed_settings_are_named(settings, message):
 _REHEARSAL = """
 import torch
 from sixfold.engine.config import AdamWConfig, DDPConfig, DeepSpeedConfig, FSDPConfig, MuonConfig
+from sixfold.engine.averaging_config import ConstantAverageConfig
 from sixfold.engine.rehearsal import rehearse
 from toy_network import ToyConfig
 network = ToyConfig(width=4096, depth=2, experts=128, classes=50000)
@@ -188,7 +190,8 @@ for engine in (
     for optimizer in (AdamWConfig(lr=1.0), MuonConfig(lr=1.0)):
         found = rehearse(
             network, engine, optimizer, batch_fields={"tokens": ((8,), torch.int64)},
-            loss=lambda module, batch: module(batch["tokens"]).float().sum(), world_size=512,
+            loss=lambda module, others, batch: module(batch["tokens"]).float().sum(), world_size=512,
+            average=ConstantAverageConfig(decay=0.999),
         )
         print(found.parameters, found.parameter_bytes, found.gradient_bytes, found.optimizer_bytes, found.average_bytes)
 """

@@ -22,7 +22,8 @@ from sixfold.config.base import Component
 from sixfold.distributed.collectives import sum_over_ranks
 from sixfold.distributed.process_group import World
 from sixfold.engine.activation_checkpointing import apply_activation_checkpointing
-from sixfold.engine.averaging import MovingAverage
+from sixfold.engine.averaging import MovingAverages
+from sixfold.engine.averaging_config import AverageConfig
 from sixfold.engine.config import EngineConfig, OptimizerConfig, ScheduleConfig
 from sixfold.engine.contract import State, StepReport
 from sixfold.engine.optimizers import Updater
@@ -59,13 +60,13 @@ class RoleSpecification(NetworkSpecification):
         optimizer: the update rule.
         schedule: factor on its peak rates.
         total_steps: updates at which the schedule ends.
-        ema_decay: decay of the parameters' moving average, or None for none.
+        average: which moving averages of the parameters are kept, or None for none.
     """
 
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
     total_steps: int
-    ema_decay: float | None
+    average: AverageConfig | None
 
 
 def network_on_meta(specification: NetworkSpecification) -> tuple[Network, dict[str, ParameterTag]]:
@@ -135,8 +136,8 @@ class TorchEngine(ABC):
         self.updates = 0
         self._parameters: Mapping[str, nn.Parameter] = dict(network.named_parameters())
         self._optimizer = optimizer
-        decay = specification.ema_decay
-        self._average = MovingAverage(decay, self._parameters) if decay is not None else None
+        average = specification.average
+        self._averages = None if average is None else MovingAverages(average, self._parameters)
 
     @abstractmethod
     def accumulate(self, *, last: bool) -> AbstractContextManager[None]:
@@ -174,21 +175,21 @@ class TorchEngine(ABC):
         torch._foreach_mul_(local_tensors(self._gradients()), gradient_factor)
         self._optimizer.step(learning_rate_factor)
         self.updates += 1
-        if self._average is not None:
-            self._average.update(self.updates)
+        if self._averages is not None:
+            self._averages.update(self.updates, self._parameters)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Hold the averages in the network, and its own parameters in the averages, for a while."""
-        if self._average is None:
+        """Hold the main average in the network, and its own parameters in the average, for a while."""
+        if self._averages is None:
             yield
             return
-        self._average.swap()
+        self._averages.swap(self._parameters)
         self._forget_gathered_parameters()
         try:
             yield
         finally:
-            self._average.swap()
+            self._averages.swap(self._parameters)
             self._forget_gathered_parameters()
 
     @contextmanager
@@ -209,10 +210,12 @@ class TorchEngine(ABC):
         state |= {f"buffers/{name}": value for name, value in persistent_buffers(self.network).items()}
         for name, slots in self._optimizer.slots().items():
             state |= {f"optimizer/{name}/{slot}": value for slot, value in slots.items()}
-        state["optimizer_step"] = torch.tensor(self.updates)
-        if self._average is not None:
-            state |= {f"ema/{name}": value for name, value in self._average.values.items()}
-        return state
+        return state | self.average_state()
+
+    def average_state(self) -> State:
+        """Return the live averages alone, and the number of updates behind them."""
+        averages = {} if self._averages is None else self._averages.state()
+        return averages | {"optimizer_step": torch.tensor(self.updates)}
 
     def checkpoint_template(self) -> State:
         """Return empty tensors like :meth:`checkpoint_state`, so that a failed load leaves the engine as it is."""
@@ -233,8 +236,8 @@ class TorchEngine(ABC):
     def full_parameters(self, *, averaged: bool) -> Iterator[tuple[str, Tensor]]:
         """Yield every full parameter (or its average) and persistent buffer on the CPU; a collective."""
         source: Mapping[str, Tensor] = self._parameters
-        if averaged and self._average is not None:
-            source = self._average.values
+        if averaged and self._averages is not None:
+            source = self._averages.main
         for name, value in source.items():
             whole = value.detach()
             yield name, (whole.full_tensor() if isinstance(whole, DTensor) else whole).cpu().clone()
@@ -244,7 +247,7 @@ class TorchEngine(ABC):
     def close(self) -> None:
         """Drop everything that holds tensors or hooks; the engine is unusable afterwards."""
         self._zero_gradients()
-        for owned in ("network", "module", "_parameters", "_optimizer", "_average"):
+        for owned in ("network", "module", "_parameters", "_optimizer", "_averages"):
             delattr(self, owned)
 
     def _learning_rate_factor(self) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sixfold.config.base import Component
 from sixfold.distributed.process_group import World
+from sixfold.engine.averaging_config import AverageConfig
 from sixfold.engine.base import RoleSpecification
 from sixfold.engine.config import EngineConfig, OptimizerConfig, ScheduleConfig
 from sixfold.engine.contract import Engine
@@ -18,7 +19,7 @@ def build_engine(
     role: str,
     seed: int,
     total_steps: int,
-    ema_decay: float | None,
+    average: AverageConfig | None,
     world: World,
 ) -> Engine:
     """Build one trainable role: its network, sharded and initialised, with optimizer, schedule and average.
@@ -37,7 +38,7 @@ def build_engine(
         role=role,
         seed=seed,
         total_steps=total_steps,
-        ema_decay=ema_decay,
+        average=average,
         world=world,
     )
     engine: Engine = config.load()(specification)

@@ -17,8 +17,8 @@ State = dict[str, Tensor]
 """A flat state: canonical name to tensor or DTensor.
 
 Names are engine-neutral: ``parameters/<fqn>`` (fp32), ``buffers/<fqn>``, ``optimizer/<fqn>/<slot>``
-(``exp_avg``, ``exp_avg_sq``, ``momentum_buffer``; fp32), ``optimizer_step`` (int64, one a role)
-and ``ema/<fqn>`` (fp32).
+(``exp_avg``, ``exp_avg_sq``, ``momentum_buffer``; fp32), ``optimizer_step`` (int64, one a role),
+``ema/<fqn>`` and, of further averages, ``ema_<width>/<fqn>`` (fp32).
 """
 
 
@@ -81,6 +81,10 @@ class Engine(Protocol):
 
     def checkpoint_state(self) -> State:
         """The state to save: sharded engines return DTensors or only the tensors this rank is to write."""
+        ...
+
+    def average_state(self) -> State:
+        """The part of :meth:`checkpoint_state` that snapshots of averages hold, and ``optimizer_step``."""
         ...
 
     def checkpoint_template(self) -> State:

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from sixfold.distributed.collectives import any_rank
 from sixfold.distributed.mesh import host_mesh
 from sixfold.distributed.process_group import World, ensure_group
-from sixfold.engine.averaging import average_decay
+from sixfold.engine.averaging import MovingAverages
 from sixfold.engine.base import RoleSpecification, network_on_meta, persistent_buffers, requiring_no_gradient
 from sixfold.engine.config import AdamWConfig, DeepSpeedConfig
 from sixfold.engine.contract import State, StepReport
@@ -77,8 +77,8 @@ class DeepSpeedEngine:
                 part.write(part.cut(whole))
         _restore_buffers(network, specification.world.device)
         self._publish_masters()
-        averages = specification.ema_decay is not None
-        self._average = {name: part.read().clone() for name, part in self._fragments.items()} if averages else None
+        average = specification.average
+        self._averages = None if average is None else MovingAverages(average, self._masters())
 
     @contextmanager
     def accumulate(self, *, last: bool) -> Iterator[None]:
@@ -113,7 +113,8 @@ class DeepSpeedEngine:
         if self._zero.overflow:  # the global norm is not finite: all ranks saw it and left everything as it was
             return StepReport(grad_norm=math.nan, learning_rate=rate, skipped=True)
         self.updates += 1
-        self._update_average()
+        if self._averages is not None:
+            self._averages.update(self.updates, self._masters())
         return StepReport(grad_norm=float(self._zero._global_grad_norm), learning_rate=rate, skipped=False)
 
     @contextmanager
@@ -132,8 +133,8 @@ class DeepSpeedEngine:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Hold the averages in the network for a while; the masters stay as they are."""
-        if self._average is None:
+        """Hold the main average in the network for a while; the masters stay as they are."""
+        if self._averages is None:
             yield
             return
         self._swap_masters_and_averages()
@@ -149,15 +150,21 @@ class DeepSpeedEngine:
             state[f"parameters/{name}"] = self._cut(part.gather(part.read()))
             for slot in SLOTS:
                 state[f"optimizer/{name}/{slot}"] = self._cut(part.gather(part.read(slot)))
-            if self._average is not None:
-                state[f"ema/{name}"] = self._cut(part.gather(self._average[name]))
         state |= {f"buffers/{name}": value for name, value in persistent_buffers(self.network).items()}
-        return state | {"optimizer_step": torch.tensor(self.updates)}
+        return state | self.average_state()
+
+    def average_state(self) -> State:
+        """Return the averages alone, cut and gathered like :meth:`checkpoint_state`; a collective."""
+        state: State = {"optimizer_step": torch.tensor(self.updates)}
+        for kind, values in ({} if self._averages is None else self._averages.values).items():
+            for name, held in values.items():
+                state[f"{kind}/{name}"] = self._cut(self._fragments[name].gather(held))
+        return state
 
     def checkpoint_template(self) -> State:
         """Return empty tensors of :meth:`checkpoint_state`'s shapes and cuts."""
         names = [f"optimizer/{{}}/{slot}" for slot in SLOTS] + ["parameters/{}"]
-        names += ["ema/{}"] if self._average is not None else []
+        names += [] if self._averages is None else [f"{kind}/{{}}" for kind in self._averages.values]
         template: State = {
             pattern.format(name): self._cut(torch.empty(part.shape))
             for name, part in self._fragments.items()
@@ -173,8 +180,8 @@ class DeepSpeedEngine:
             part.write(part.cut(_whole(state[f"parameters/{name}"])))
             for slot in SLOTS:
                 part.write(part.cut(_whole(state[f"optimizer/{name}/{slot}"])), slot)
-            if self._average is not None:
-                self._average[name].copy_(part.cut(_whole(state[f"ema/{name}"])))
+            for kind, values in ({} if self._averages is None else self._averages.values).items():
+                values[name].copy_(part.cut(_whole(state[f"{kind}/{name}"])))
         for name, value in persistent_buffers(self.network).items():
             value.copy_(state[f"buffers/{name}"])
         self.updates = int(state["optimizer_step"].item())
@@ -185,7 +192,7 @@ class DeepSpeedEngine:
     def full_parameters(self, *, averaged: bool) -> Iterator[tuple[str, Tensor]]:
         """Yield every full parameter (or its average) and persistent buffer on the CPU; a collective."""
         for name, part in self._fragments.items():
-            held = self._average[name] if averaged and self._average is not None else part.read()
+            held = self._averages.main[name] if averaged and self._averages is not None else part.read()
             yield name, part.gather(held)
         for name, value in persistent_buffers(self.network).items():
             yield name, value.detach().cpu().clone()
@@ -193,25 +200,20 @@ class DeepSpeedEngine:
     def close(self) -> None:
         """Drop DeepSpeed's hooks and everything that holds tensors; the engine is unusable afterwards."""
         self._runtime.destroy()
-        for owned in ("network", "module", "_runtime", "_zero", "_adam_states", "_fragments", "_average"):
+        for owned in ("network", "module", "_runtime", "_zero", "_adam_states", "_fragments", "_averages"):
             delattr(self, owned)
 
-    @torch.no_grad()
-    def _update_average(self) -> None:
-        decay = self.specification.ema_decay
-        if self._average is None or decay is None:
-            return
-        weight = 1.0 - average_decay(decay, self.updates)
-        for name, average in self._average.items():
-            average.lerp_(self._fragments[name].read().to(average.device), weight)
+    def _masters(self) -> dict[str, Tensor]:
+        """This rank's part of every fp32 master."""
+        return {name: part.read() for name, part in self._fragments.items()}
 
     @torch.no_grad()
     def _swap_masters_and_averages(self) -> None:
-        assert self._average is not None
+        assert self._averages is not None
         for name, part in self._fragments.items():
             held = part.read().clone()
-            part.write(self._average[name])
-            self._average[name].copy_(held)
+            part.write(self._averages.main[name])
+            self._averages.main[name].copy_(held)
         self._publish_masters()
 
     @torch.no_grad()

@@ -18,6 +18,8 @@ from torch.distributed.tensor import DTensor
 from sixfold.config.base import Component
 from sixfold.distributed.fake import fake_world
 from sixfold.distributed.process_group import World
+from sixfold.engine.averaging import MAIN, kinds_of
+from sixfold.engine.averaging_config import AverageConfig
 from sixfold.engine.base import NetworkSpecification, RoleSpecification, network_on_meta
 from sixfold.engine.companion import Companion
 from sixfold.engine.config import ConstantScheduleConfig, DeepSpeedConfig, EngineConfig, FSDPConfig, OptimizerConfig
@@ -65,7 +67,7 @@ def rehearse(
     batch_fields: BatchFields,
     loss: Loss,
     world_size: int,
-    averaged: bool = True,
+    average: AverageConfig | None = None,
     others: Mapping[str, Component] | None = None,
 ) -> Rehearsal:
     """Run forward, backward and an update of one role as rank 0 of ``world_size``, and count what the rank holds.
@@ -80,7 +82,7 @@ def rehearse(
         batch_fields: one rank's micro-batch.
         loss: the objective, as a function of the wrapped network, the other roles' and the micro-batch's fields.
         world_size: how many ranks to pretend; nothing may have joined a process group yet.
-        averaged: whether the role keeps a moving average.
+        average: the moving averages that the role keeps, if any.
         others: by role, the settings of networks that the loss calls but that are not trained meanwhile.
 
     Raises:
@@ -95,7 +97,7 @@ def rehearse(
             role="rehearsed",
             seed=0,
             total_steps=1,
-            ema_decay=0.999 if averaged else None,
+            average=average,
             world=world,
         )
         batch = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in batch_fields.items()}
@@ -131,7 +133,7 @@ def _rehearse_sharded(
         parameter_bytes=_bytes(parameters.values()),
         gradient_bytes=gradients,
         optimizer_bytes=_bytes(value for name, value in state.items() if name.startswith("optimizer/")),
-        average_bytes=_bytes(value for name, value in state.items() if name.startswith("ema/")),
+        average_bytes=_bytes(value for name, value in state.items() if name.startswith(MAIN)),
     )
 
 
@@ -148,6 +150,7 @@ def _rehearse_replicated(
     optimizer.step(1.0)
     whole = _bytes(parameters.values())
     slots = _bytes(value for slots in optimizer.slots().values() for value in slots.values())
+    averages = 0 if specification.average is None else len(kinds_of(specification.average))
     parts = _partitions(specification.engine, specification.world)
     return Rehearsal(
         parameters=sum(value.numel() for value in parameters.values()),
@@ -155,7 +158,7 @@ def _rehearse_replicated(
         parameter_bytes=whole // parts["parameters"],
         gradient_bytes=whole // parts["gradients"],
         optimizer_bytes=slots // parts["optimizer"],
-        average_bytes=(whole if specification.ema_decay is not None else 0) // parts["optimizer"],
+        average_bytes=whole * averages // parts["optimizer"],
     )
 
 

@@ -19,6 +19,9 @@ from sixfold.train.roles import build_roles, checkpoint_of, tracked_roles
 from sixfold_data.describe import describe
 from sixfold_data.stream import TrainStream
 
+_AVERAGE = {"type", "decay", "widths"}
+"""The settings of averages that shape what a checkpoint holds."""
+
 
 def assemble(recipe: Recipe, world: World, *, quarantine: Path | None = None, cache: Path | None = None) -> Training:
     """Build everything that trains, fresh, with the stream at its beginning.
@@ -96,7 +99,7 @@ def identity_of(recipe: Recipe) -> dict[str, JsonValue]:
         "data.sequence_length": recipe.data.sequence_length,
         "objective": recipe.objective.model_dump(mode="json"),
         "optimizer.type": recipe.optimizer.type,
-        "train.ema_decay": recipe.train.ema_decay,
+        "train.ema": None if recipe.train.ema is None else recipe.train.ema.model_dump(mode="json", include=_AVERAGE),
     }
     return settings | {f"networks.{name}": network for name, network in networks.items()}
 

@@ -94,7 +94,7 @@ def codec_of(run: Path, step: int | None = None) -> TrainedNetwork:
         objective=recipe.objective,
         run=run,
         role=roles[0],
-        averaged=recipe.train.ema_decay is not None,
+        averaged=recipe.train.ema is not None,
         step=step,
     )
 

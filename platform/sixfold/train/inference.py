@@ -77,7 +77,7 @@ def load_trained(run: Path) -> Trained:
     check_codec(recipe, settings, describe(recipe.data))
     objective: Objective = recipe.objective.load()(recipe.objective, settings)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    averaged = recipe.train.ema_decay is not None
+    averaged = recipe.train.ema is not None
     networks = load_networks(
         recipe, objective, settings, candidate, averaged=averaged, device=device, cache=folder.features
     )
@@ -146,7 +146,7 @@ def export_run(run: Path, *, out: Path, averaged: bool) -> list[Path]:
     for role, file in zip(roles, files, strict=True):
         if file.exists():
             raise UserError.of("the file exists", where=str(file), fix="name another with --out")
-        export_safetensors(candidate, role, averaged=averaged and recipe.train.ema_decay is not None, out=file)
+        export_safetensors(candidate, role, averaged=averaged and recipe.train.ema is not None, out=file)
     return files
 
 

@@ -57,7 +57,7 @@ def _rehearse_role(
         batch_fields=batch_fields(recipe, networks, min(engine.micro_batch or rank_batch, rank_batch)),
         loss=loss,
         world_size=world_size,
-        averaged=recipe.train.ema_decay is not None,
+        average=recipe.train.ema,
         others={name: settings_of(networks, part) for name, part in objective.roles.items() if name != role},
     )
 
