@@ -32,7 +32,7 @@ def mirrored(run, workplace):
 
 
 def test_slurm_trains_what_this_machine_trains(slurm_cluster, submit, reference, workplace):
-    job = submit("slurm", *REFERENCE, settings=("nodes=2"))
+    job = submit("slurm", *REFERENCE, settings=("nodes=2",))
     job.wait_until_finished()
     here, there = losses(reference.run), losses(job.run)
     assert sorted(here) == sorted(there) == list(range(1, STEPS + 1))
@@ -60,7 +60,7 @@ def preempt(slurm_cluster, job):
 
 
 def test_killed_preempted_and_stranded_a_run_ends_the_same(slurm_cluster, submit, reference, workplace):
-    job = submit("slurm", *REFERENCE, settings=("nodes=2"))
+    job = submit("slurm", *REFERENCE, settings=("nodes=2",))
 
     job.wait_for_step(6)
     with Frozen(job) as ranks:  # a rank is killed: Slurm keeps the nodes, the ranks start again
