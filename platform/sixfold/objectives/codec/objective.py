@@ -161,7 +161,9 @@ class CodecTraining:
         }
         return {name: weight * coded[name] for name, weight in weights.items() if name in coded}
 
-    def _noise(self, images: Float[Tensor, "n c h w"], random: PositionRandom) -> Float[Tensor, "n c h w"] | None:
+    def _noise(
+        self, images: Float[Tensor, "n c h w"], random: PositionRandom
+    ) -> Float[Tensor, "n latents rows columns"] | None:
         if self.codec.bottleneck.type != "kl":
             return None
         rows, columns = (side // self.codec.factor for side in images.shape[2:])
@@ -176,6 +178,7 @@ class CodecTraining:
             coded["features"],
             coded["codes"],
             bottleneck.codes,
+            error=coded["error"],
             offered_to=random.integers("codec/offer", bottleneck.codes, (cells,)),
             priority=random.uniform("codec/priority", (cells,)),
         )

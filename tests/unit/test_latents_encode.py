@@ -1,0 +1,156 @@
+"""Encoding a data set: what is written is what the codec says, in any number of processes and after any stop."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from latent_cases import codec_run, make_scenes
+from sixfold.cli.main import build_app
+from sixfold.errors import DataError, UserError
+from sixfold.models.network import reset_buffers
+from sixfold.train.encoding import codec_of, encode_in, plan_job
+from sixfold.train.roles import read_trained
+from sixfold_data.config import DataConfig
+from sixfold_data.describe import describe
+from sixfold_data.encode import finish_job, finished_samples, open_job, pieces_of
+from sixfold_data.evaluation import EvaluationReader
+from sixfold_data.latents import denormalized
+from sixfold_data.store import open_store
+from sixfold_data.verify import verify
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    return make_scenes(tmp_path_factory.mktemp("data") / "scenes")
+
+
+@pytest.fixture(scope="module")
+def run(scenes, tmp_path_factory):
+    return codec_run(scenes, tmp_path_factory.mktemp("runs") / "codec")
+
+
+def plan(run, scenes, **changes):
+    return plan_job(run, str(scenes), **({"batch": 8, "piece_samples": 16, "corrupt_budget": 0} | changes))
+
+
+def encode(run, scenes, out, *, ranks=1, **changes):
+    job = plan(run, scenes, **changes)
+    staging = open_job(job, out)
+    for rank in range(ranks):
+        encode_in(staging, rank=rank, ranks=ranks, progress=lambda samples: None)
+    return finish_job(job, staging, out)
+
+
+def read(path, split="train", **settings):
+    config = DataConfig(path=str(path), global_batch=1, caption_length=56, **settings)
+    batches = list(EvaluationReader(config, split=split, batch=8))
+    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0].fields}
+
+
+def test_latents_are_the_codecs_and_captions_come_along(run, scenes, tmp_path):
+    report = encode(run, scenes, tmp_path / "latents")
+    assert report.samples == {"train": 36, "val": 4}
+    source = codec_of(run)
+    codec = source.architecture.load()(source.architecture)
+    reset_buffers(codec)
+    codec.load_state_dict(read_trained(source))
+    images, latents = read(scenes), read(tmp_path / "latents")
+    assert torch.equal(images["caption"], latents["caption"])
+    with torch.no_grad():
+        made = codec.eval()(images["image"], task="encode")
+    entry = describe(DataConfig(path=str(tmp_path / "latents"), global_batch=1)).latents
+    mean, log_variance = latents["latent"].chunk(2, dim=1)
+    assert (denormalized(mean, entry) - made["mean"]).abs().max() < 2e-3 * made["mean"].abs().max()
+    expected = made["log_variance"] - 2 * torch.tensor(entry.std).log()[:, None, None]
+    assert (log_variance - expected).abs().max() < 1e-2
+    # Normalised: samples of the posterior have mean 0 and standard deviation 1 in every channel.
+    second = mean.square() + log_variance.exp()
+    assert mean.mean((0, 2, 3)).abs().max() < 1e-2
+    assert (second.mean((0, 2, 3)) - 1).abs().max() < 1e-2
+    assert not verify(open_store(str(tmp_path / "latents")), lambda done, total: None).faults
+
+
+def test_any_number_of_processes_writes_the_same_data_set(run, scenes, tmp_path):
+    one = encode(run, scenes, tmp_path / "one")
+    three = encode(run, scenes, tmp_path / "three", ranks=3)
+    assert one.fingerprint == three.fingerprint
+
+
+def test_a_stopped_job_goes_on_and_encodes_nothing_twice(run, scenes, tmp_path, monkeypatch):
+    whole = encode(run, scenes, tmp_path / "whole")
+    job = plan(run, scenes)
+    staging = open_job(job, tmp_path / "stopped")
+
+    class StoppedError(Exception):
+        pass
+
+    seen = 0
+
+    def stop_late(samples):
+        nonlocal seen
+        seen += samples
+        if seen > 20:
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        encode_in(staging, progress=stop_late)
+    assert finished_samples(job, staging) == 16
+    staging, again = open_job(job, tmp_path / "stopped"), []
+    encode_in(staging, progress=again.append)
+    assert sum(again) == 40 - 16
+    assert finish_job(job, staging, tmp_path / "stopped").fingerprint == whole.fingerprint
+    assert not staging.exists()
+
+
+def test_pieces_of_another_job_are_refused(run, scenes, tmp_path):
+    open_job(plan(run, scenes), tmp_path / "out")
+    with pytest.raises(DataError, match="unfinished job"):
+        open_job(plan(run, scenes, piece_samples=8), tmp_path / "out")
+
+
+def test_damaged_images_are_left_out_within_a_budget(run, scenes, tmp_path):
+    shutil.copytree(scenes, tmp_path / "scenes")
+    shard = next((tmp_path / "scenes" / "train").glob("shard-*.tar"))
+    index = np.load(tmp_path / "scenes" / "train" / "index" / "offset.png.npy")
+    content = bytearray(shard.read_bytes())
+    content[int(index[3]) + 40] ^= 0xFF
+    shard.write_bytes(content)
+    with pytest.raises(DataError, match="checksum"):
+        encode(run, tmp_path / "scenes", tmp_path / "none")
+    report = encode(run, tmp_path / "scenes", tmp_path / "some", corrupt_budget=1)
+    assert report.samples["train"] == 35
+    assert "checksum" in report.remarks[0]
+
+
+def test_codes_are_written_as_integers(scenes, tmp_path):
+    run = codec_run(scenes, tmp_path / "fsq", "networks.codec.bottleneck={type: fsq, levels: [5, 5]}")
+    encode(run, scenes, tmp_path / "codes")
+    codes = read(tmp_path / "codes")["codes"]
+    assert codes.dtype == torch.int64
+    assert codes.shape == (36, 8, 8)
+    assert 0 <= codes.min() <= codes.max() < 25
+
+
+def test_what_is_no_codec_or_no_image_is_refused(run, scenes, tmp_path):
+    encode(run, scenes, tmp_path / "latents")
+    with pytest.raises(UserError, match="holds latents"):
+        plan(run, tmp_path / "latents")
+    small = make_scenes(tmp_path / "small", image_size=16)
+    assert plan(run, small).latents.size == (4, 4)
+    assert {piece.split for piece in pieces_of(plan(run, small))} == {"train", "val"}
+
+
+def test_the_command_shares_the_work_among_processes(run, scenes, tmp_path):
+    arguments = ["data", "encode", str(run), str(scenes), "--out", str(tmp_path / "out"), "--nproc", "2"]
+    done = CliRunner().invoke(build_app(), [*arguments, "--piece-samples", "16", "--batch", "8", "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["samples"] == {"train": 36, "val": 4}
+    encode(run, scenes, tmp_path / "here")
+    there, here = read(tmp_path / "out"), read(tmp_path / "here")
+    assert torch.equal(there["caption"], here["caption"])
+    # Another number of threads may round the codec's convolutions otherwise.
+    torch.testing.assert_close(there["latent"], here["latent"], rtol=1e-2, atol=1e-2)
