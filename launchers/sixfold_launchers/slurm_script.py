@@ -121,6 +121,7 @@ def script(
     worker: Sequence[str],
     arguments: Sequence[str],
     max_restarts: int,
+    tell: str = '[ -z "$step" ] || kill -USR1 "$step"',
 ) -> str:
     """The batch script whose one step runs ``worker RUN_FOLDER arguments`` in every task.
 
@@ -132,6 +133,7 @@ def script(
         worker: the command of a task.
         arguments: what follows the run folder.
         max_restarts: starts of the step inside the allocation after tasks were killed.
+        tell: shell command that has the ranks of ``$run`` save and end; srun passes signals on to every process.
     """
     sruns, prefix = contained(profile.container, spec)
     return _BODY.format(
@@ -142,6 +144,7 @@ def script(
         srun=shlex.join(["srun", "--kill-on-bad-exit=1", f"--cpus-per-task={cpus_per_task}", *sruns]),
         worker=shlex.join([*prefix, *worker]),
         arguments="".join(f" {shlex.quote(argument)}" for argument in arguments),
+        tell=tell,
         max_restarts=max_restarts,
         starts=max_restarts + 1,
         pause_s=_FIRST_PAUSE_S,
@@ -188,13 +191,14 @@ runs=(
 {runs}
 )
 run=${{runs[${{SLURM_ARRAY_TASK_ID:-0}}]}}
+rm -f "$run/request"
 
 {requeue}
 
 # The shell hears USR1 before the time limit (or from whoever wants the nodes), TERM when the job is cancelled; a
 # preemption with a grace time tells the ranks alone.
 signals=0 heard= step= lost=
-pass_on() {{ signals=$(( signals + 1 )) heard=$heard$1; [ -z "$step" ] || kill -USR1 "$step"; }}
+pass_on() {{ signals=$(( signals + 1 )) heard=$heard$1; {tell}; }}
 trap 'pass_on USR1' USR1
 trap 'pass_on TERM' TERM
 

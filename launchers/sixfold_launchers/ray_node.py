@@ -1,0 +1,275 @@
+"""One node of a Ray that lives inside a Slurm allocation, started by one srun on all nodes.
+
+Run as ``python -m sixfold_launchers.ray_node ORDER RUN_FOLDER``. Task 0 keeps the head, waits until every node has
+joined, and keeps the driver; the others keep a raylet each. All keep watch: what dies ends its task, and with
+``--kill-on-bad-exit`` the step. Ports and folders come from the job's number, the token is the job's own, so that
+several jobs and users on one node do not meet. No Slurm program is called.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sixfold.errors import EnvironmentFault, SixfoldError
+from sixfold_launchers.contract import port_of
+from sixfold_launchers.profiles import SlurmRayProfile
+from sixfold_launchers.ray_cluster import authentication, write_token
+from sixfold_launchers.ray_order import DRIVER_MODULE, Order, Requests
+from sixfold_launchers.ray_server import RayServer
+
+JOIN_TIMEOUT_S = 180.0
+_POLL_S = 0.2
+_STOP_TIMEOUT_S = 10.0
+_HEAD, _DASHBOARD, _CLIENT, _FIRST_AGENT, _AGENTS = 0, 1, 2, 3, 13  # of a job's 16 ports
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where this task stands in the allocation, from Slurm's variables.
+
+    Attributes:
+        job: the job's number.
+        attempt: how often the job was started before.
+        node: number of this node, 0 is the head's.
+        nodes: how many there are.
+    """
+
+    job: int
+    attempt: int
+    node: int
+    nodes: int
+
+    @classmethod
+    def read(cls, slurm: Mapping[str, str]) -> Place:
+        """Read it in a task of srun."""
+        return cls(
+            job=int(slurm["SLURM_JOB_ID"]),
+            attempt=int(slurm.get("SIXFOLD_ATTEMPT", "0")),
+            node=int(slurm["SLURM_PROCID"]),
+            nodes=int(slurm["SLURM_NTASKS"]),
+        )
+
+    def port(self, offset: int) -> int:
+        """One of the job's ports."""
+        return port_of(self.job, self.attempt, offset=offset)
+
+    @property
+    def temporary(self) -> Path:
+        """Ray's folder on this node; short, since the paths of its sockets may have no more than 107 characters."""
+        return Path(f"/tmp/sfray-{self.job}-{self.attempt}-{self.node}")
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """Files in the run's folder by which the nodes of one attempt find the head, and learn of the end."""
+
+    run: Path
+    place: Place
+
+    @property
+    def token(self) -> Path:
+        """The job's token, readable by its owner alone."""
+        return self._path("token")
+
+    @property
+    def address(self) -> Path:
+        """Where the head listens; it is there once the head has chosen."""
+        return self._path("address")
+
+    @property
+    def ended(self) -> Path:
+        """There when the driver has ended, and the nodes may go."""
+        return self._path("ended")
+
+    def clear(self) -> None:
+        """Remove them, and those of attempts that were killed."""
+        for path in self.run.glob(".ray-*"):
+            path.unlink(missing_ok=True)
+
+    def _path(self, name: str) -> Path:
+        return self.run / f".ray-{self.place.job}-{self.place.attempt}-{name}"
+
+
+def head_arguments(place: Place, profile: SlurmRayProfile, host: str) -> list[str]:
+    """Arguments of ``ray start`` for the head; its dashboard listens to this node alone."""
+    return [
+        *_common_arguments(place, profile, host),
+        "--head",
+        f"--port={place.port(_HEAD)}",
+        "--dashboard-host=127.0.0.1",
+        f"--dashboard-port={place.port(_DASHBOARD)}",
+        f"--ray-client-server-port={place.port(_CLIENT)}",
+    ]
+
+
+def worker_arguments(place: Place, profile: SlurmRayProfile, host: str, address: str) -> list[str]:
+    """Arguments of ``ray start`` for another node."""
+    return [*_common_arguments(place, profile, host), f"--address={address}"]
+
+
+def _common_arguments(place: Place, profile: SlurmRayProfile, host: str) -> list[str]:
+    return [
+        "start",
+        "--block",
+        f"--node-ip-address={host}",
+        f"--num-cpus={profile.cpus_per_node}",
+        f"--num-gpus={profile.gpus_per_node}",
+        f"--temp-dir={place.temporary}",
+        # Nodes of a test cluster are one machine: their agents must not meet at Ray's one default.
+        f"--dashboard-agent-listen-port={place.port(_FIRST_AGENT + place.node % _AGENTS)}",
+        "--disable-usage-stats",
+    ]
+
+
+def main() -> int:
+    """Keep this node until the driver has ended; return the task's exit code."""
+    order, run = Order.read(Path(sys.argv[1])), Path(sys.argv[2])
+    place = Place.read(os.environ)
+    signal.signal(signal.SIGTERM, lambda *_: Requests(run).make("stop"))
+    try:
+        return _keep_head(order, run, place) if place.node == 0 else _keep_worker(order, run, place)
+    except SixfoldError as error:
+        sys.stderr.write(f"node {place.node}: {error}\n")
+        return error.exit_code
+    finally:
+        shutil.rmtree(place.temporary, ignore_errors=True)
+
+
+def _keep_head(order: Order, run: Path, place: Place) -> int:
+    profile, meeting, host = _profile(order), Meeting(run, place), own_address()
+    meeting.clear()
+    write_token(meeting.token)
+    ray = _start_ray(head_arguments(place, profile, host), meeting)
+    try:
+        address = f"{host}:{place.port(_HEAD)}"
+        _write(meeting.address, address)
+        _wait_for_nodes(place, meeting, ray)
+        driver = subprocess.Popen(
+            [sys.executable, "-m", DRIVER_MODULE, sys.argv[1], "--run", str(run)],
+            env={**os.environ, **authentication(meeting.token), "RAY_ADDRESS": address},
+        )
+        return _first_to_end(driver, ray)
+    finally:
+        _write(meeting.ended, "")
+        _stop(ray)
+        meeting.token.unlink(missing_ok=True)
+
+
+def _keep_worker(order: Order, run: Path, place: Place) -> int:
+    profile, meeting = _profile(order), Meeting(run, place)
+    deadline_s = time.monotonic() + JOIN_TIMEOUT_S
+    while not meeting.address.exists():
+        if time.monotonic() > deadline_s:
+            raise _too_late("the head did not start", place)
+        time.sleep(_POLL_S)
+    ray = _start_ray(worker_arguments(place, profile, own_address(), meeting.address.read_text()), meeting)
+    try:
+        while ray.poll() is None:
+            if meeting.ended.exists():
+                return 0
+            time.sleep(_POLL_S)
+        return 0 if meeting.ended.exists() else _died("Ray", place)
+    finally:
+        _stop(ray)
+
+
+def _first_to_end(driver: subprocess.Popen[bytes], ray: subprocess.Popen[bytes]) -> int:
+    """Wait for the driver; if Ray dies under it, end it too."""
+    while (code := driver.poll()) is None:
+        if ray.poll() is not None:
+            driver.kill()
+            driver.wait()
+            return _died("Ray's head", Place.read(os.environ))
+        time.sleep(_POLL_S)
+    return code if code >= 0 else 128 - code
+
+
+def _wait_for_nodes(place: Place, meeting: Meeting, ray: subprocess.Popen[bytes]) -> None:
+    server = RayServer(f"http://127.0.0.1:{place.port(_DASHBOARD)}", meeting.token)
+    deadline_s, found = time.monotonic() + JOIN_TIMEOUT_S, 0
+    while found < place.nodes:
+        if ray.poll() is not None:
+            raise _too_late("Ray's head has ended", place)
+        if time.monotonic() > deadline_s:
+            raise _too_late(f"{found} of {place.nodes} Ray nodes have joined", place)
+        time.sleep(_POLL_S)
+        try:
+            found = len(server.nodes())
+        except EnvironmentFault:
+            continue  # it is starting
+
+
+def _too_late(what: str, place: Place) -> SixfoldError:
+    return EnvironmentFault.of(
+        what, where=f"job {place.job}, node {place.node}, Ray's logs in {place.temporary}", fix="requeue the job"
+    )
+
+
+def _start_ray(arguments: Sequence[str], meeting: Meeting) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "ray.scripts.scripts", *arguments],
+        env={**os.environ, **authentication(meeting.token), "RAY_USAGE_STATS_ENABLED": "0"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def _stop(ray: subprocess.Popen[bytes]) -> None:
+    """End Ray on this node with all it started; its agents outlive a raylet that is merely killed."""
+    import psutil  # type: ignore[import-untyped]  # it ships no types
+
+    processes = [process for process in psutil.process_iter() if _session_of(process.pid) == ray.pid]
+    ray.terminate()
+    _, alive = psutil.wait_procs(processes, timeout=_STOP_TIMEOUT_S)
+    for process in alive:
+        process.kill()
+    ray.wait()
+
+
+def _session_of(pid: int) -> int | None:
+    try:
+        return os.getsid(pid)
+    except OSError:
+        return None  # it has ended
+
+
+def _died(what: str, place: Place) -> int:
+    sys.stderr.write(f"{what} has died on node {place.node}; the step ends\n")
+    return 1
+
+
+def own_address() -> str:
+    """The address by which other nodes reach this one: that of the way out, or loopback where there is none."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # nothing is sent; the kernel names the interface it would take
+        except OSError:
+            return "127.0.0.1"
+        address: str = probe.getsockname()[0]
+        return address
+
+
+def _profile(order: Order) -> SlurmRayProfile:
+    assert isinstance(order.profile, SlurmRayProfile)
+    return order.profile
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
