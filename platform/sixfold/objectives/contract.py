@@ -78,10 +78,12 @@ class Phase:
 
     Networks of other roles are frozen meanwhile: gradients pass through them to their inputs alone.
     ``Phase(name="generator", trains=("generator",))``; the phase called ``main`` logs its metrics without a prefix.
+    ``done`` is the fraction of training that is over, for losses that change on the way.
     """
 
     name: str
     trains: tuple[str, ...]
+    done: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,11 @@ class Progress:
     samples: int
     step: int
     total_steps: int
+
+    @property
+    def done(self) -> float:
+        """The fraction of training that is over, in [0, 1)."""
+        return self.step / self.total_steps
 
 
 Networks = Mapping[str, nn.Module]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from sixfold.config.base import Component
 from sixfold.models.settings import Capability
@@ -44,6 +44,10 @@ class ObjectiveSettings(Component):
     def trains(self) -> Mapping[str, str]:
         """The trainable roles, and the name in `networks` of each one's network; the main one first."""
         raise NotImplementedError
+
+    def as_trained(self, networks_config: Mapping[str, Any]) -> Component:
+        """What another run is told that takes a network from this one: these settings with nothing left to inherit."""
+        return self
 
     @property
     def role_names(self) -> tuple[str, ...]:

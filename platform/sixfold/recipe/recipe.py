@@ -24,6 +24,7 @@ from sixfold.evaluation.config import EvaluationConfig
 from sixfold.models.codec.config import CodecConfig
 from sixfold.models.discriminator.config import PatchDiscriminatorConfig
 from sixfold.models.dit.config import DiTConfig
+from sixfold.models.feature_heads.config import FeatureHeadsConfig
 from sixfold.models.mmdit.config import MMDiTConfig
 from sixfold.models.moe_transformer.config import MoETransformerConfig
 from sixfold.models.noise_uncertainty.config import NoiseUncertaintyConfig
@@ -48,6 +49,7 @@ from sixfold_data.config import DataConfig
 NetworkConfig = Annotated[
     MoETransformerConfig
     | DiTConfig
+    | FeatureHeadsConfig
     | MMDiTConfig
     | ByteTextEncoderConfig
     | HuggingFaceTextConfig
@@ -62,7 +64,19 @@ NetworkConfig = Annotated[
 ]
 """Every network a recipe may name; a new one is added here."""
 
-ObjectiveConfig = Annotated[DenoisingConfig | NextTokenConfig | CodecObjectiveConfig, Field(discriminator="type")]
+ObjectiveConfig = Annotated[
+    DenoisingConfig
+    | NextTokenConfig
+    | CodecObjectiveConfig
+    | ConsistencyConfig
+    | TrigFlowConsistencyConfig
+    | MeanFlowConfig
+    | DistributionMatchingConfig
+    | AdversarialDistillationConfig
+    | ReflowConfig
+    | ProgressiveConfig,
+    Field(discriminator="type"),
+]
 """Every objective a recipe may name; a new one is added here."""
 
 _SEGMENT = "[A-Za-z0-9][A-Za-z0-9_.-]*"

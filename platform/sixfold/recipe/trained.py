@@ -93,10 +93,10 @@ def _take(key: str, network: TrainedConfig, source: Recipe, run: Path | None) ->
     architecture = _architecture(key, source, role)
     return TrainedNetwork(
         architecture=architecture,
-        objective=source.objective,
+        objective=source.objective.as_trained(resolve_networks(source, planning=True)),
         run=run,
         role=role,
-        averaged=network.averaged and source.train.ema_decay is not None,
+        averaged=network.averaged and source.train.ema is not None,
         step=network.step,
     )
 

@@ -187,6 +187,29 @@ class RK45Config(_DenoisingSamplerConfig):
     max_steps: int = Field(1000, ge=1, description="Steps, refused ones too, after which the solver gives up.")
 
 
+class FewStepConfig(_SolverConfig):
+    """One or a few jumps of a distilled student, a consistency model or a mean flow."""
+
+    implementation: ClassVar[str] = "sixfold.samplers.few_step:FewStepSampler"
+    type: Literal["few_step"] = Field("few_step", description="One or a few jumps, one evaluation each.")
+    steps: int = Field(1, ge=1, le=1000, description="Jumps from noise to data.")
+    times: tuple[float, ...] | None = Field(
+        None, strict=False, description="Path times to jump from, falling; null: as grid and steps say."
+    )
+    stochastic: bool = Field(
+        True, description="Noise the data anew between jumps; false keeps the noise believed in. Mean flows ignore it."
+    )
+    told_guidance: float | None = Field(
+        None, ge=0, le=100, description="Scale told to a student that learnt it (objective.embed_guidance)."
+    )
+
+    @model_validator(mode="after")
+    def _times_fall(self) -> FewStepConfig:
+        if self.times is not None and any(a <= b for a, b in zip(self.times, self.times[1:], strict=False)):
+            raise ValueError(f"expected falling times, got {list(self.times)}; put them in order")
+        return self
+
+
 class ReconstructionConfig(Component):
     """Held-out images as a codec gives them back."""
 
@@ -216,6 +239,7 @@ SamplingConfig = Annotated[
     | AncestralConfig
     | ReverseSDEConfig
     | RK45Config
+    | FewStepConfig
     | ReconstructionConfig
     | AutoregressiveConfig,
     Field(discriminator="type"),

@@ -70,7 +70,8 @@ class DenoisingSampler(ABC):
 
     needs_signal: ClassVar[bool] = False
 
-    def __init__(self, config: Any, objective: DenoisingConfig, networks_config: Mapping[str, Any]) -> None:
+    def __init__(self, config: Any, objective: Any, networks_config: Mapping[str, Any]) -> None:
+        objective = objective.as_denoising(networks_config)
         self.config, self.objective = config, objective
         self.path: AffinePath = objective.path.load()(objective.path)
         network = denoiser_config(networks_config, objective.network)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sixfold.checkpoint.export import read_parameters
 from sixfold.checkpoint.verification import Candidate, newest_verified
 from sixfold.distributed.process_group import World
+from sixfold.engine.averaging import MAIN
 from sixfold.engine.base import NetworkSpecification
 from sixfold.engine.build import build_engine
 from sixfold.engine.companion import Companion, place
@@ -130,25 +131,33 @@ def read_trained(network: TrainedNetwork) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def start_from(engine: Engine, weights: Mapping[str, Tensor], *, where: str) -> None:
-    """Start an engine from given weights wherever names and shapes agree; the rest keeps its initial values.
+    """Start an engine from given weights; parameters that they lack keep their initial values.
 
     Raises:
-        RecipeError: not one weight fits.
+        RecipeError: some of the weights have no place in the network.
     """
     live, template = engine.checkpoint_state(), engine.checkpoint_template()
-    taken = 0
+    strange = [
+        name
+        for name, value in weights.items()
+        if not any(
+            (held := template.get(f"{kind}/{name}")) is not None and held.shape == value.shape
+            for kind in ("parameters", "buffers")
+        )
+    ]
+    if strange:
+        raise RecipeError.of(
+            f"{len(strange)} of {len(weights)} weights to start from do not fit this network, such as {strange[0]}",
+            where=where,
+            fix="give it the architecture that the weights were trained with, or let it start fresh",
+        )
     for name, value in template.items():
         kind, _, parameter = name.partition("/")
-        source = weights.get(parameter) if kind in ("parameters", "buffers", "ema") else None
-        if source is not None and source.shape == value.shape:
-            place(source, value)
-            taken += 1
-        else:
+        source = weights.get(parameter) if kind in ("parameters", "buffers") or kind.startswith(MAIN) else None
+        if source is None:
             value.copy_(live[name])
-    if taken == 0:
-        raise RecipeError.of(
-            "not one of the weights to start from fits this network", where=where, fix="give it the same architecture"
-        )
+        else:
+            place(source, value)
     engine.load_checkpoint_state(template)
 
 
@@ -187,7 +196,7 @@ def _engine(recipe: Recipe, objective: Objective, networks: NetworksConfig, role
         role=role,
         seed=recipe.seed,
         total_steps=updates_of(objective, role, recipe.train.steps),
-        ema_decay=recipe.train.ema_decay,
+        average=recipe.train.ema,
         world=world,
     )
 

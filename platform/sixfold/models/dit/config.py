@@ -29,6 +29,11 @@ class DiTConfig(NetworkSettings):
     time_scale: float = Field(
         default=1000.0, gt=0, description="Factor on the time in [0, 1] before its sinusoidal embedding."
     )
+    scalars: tuple[str, ...] = Field(
+        default=(),
+        strict=False,
+        description="Further numbers it is conditioned on, embedded like the time: interval (mean flow), guidance (LCM).",
+    )
     time_frequencies: int = Field(default=256, ge=2, description="Width of the sinusoidal embedding of time.")
 
     @property

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from sixfold.models.dit.config import DiTConfig
-from sixfold.models.network import Linear, OwnsBuffers, ParameterTag, normal, parameter, xavier_uniform
+from sixfold.models.network import ZERO_MATRIX, Linear, OwnsBuffers, ParameterTag, normal, parameter, xavier_uniform
 
 _LONGEST_PERIOD = 10_000.0
 
@@ -73,11 +73,12 @@ class PatchEmbedding(OwnsBuffers):
 class TimeEmbedding(nn.Module):
     """A two-layer MLP over sinusoids of the scaled time; the sinusoids are always fp32."""
 
-    def __init__(self, width: int, *, frequencies: int, scale: float) -> None:
+    def __init__(self, width: int, *, frequencies: int, scale: float, silent: bool = False) -> None:
+        """With ``silent`` it begins by adding nothing: a trained network can be given one without changing it."""
         super().__init__()
         self.scale, self.frequencies = scale, frequencies
         self.inner = Linear(frequencies, width, tag=normal(0.02), bias=True)
-        self.outer = Linear(width, width, tag=normal(0.02), bias=True)
+        self.outer = Linear(width, width, tag=ZERO_MATRIX if silent else normal(0.02), bias=True)
 
     def forward(self, time: Float[Tensor, "n"]) -> Float[Tensor, "n width"]:
         """Embed times in [0, 1]."""

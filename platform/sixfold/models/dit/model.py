@@ -100,28 +100,48 @@ class DiT(Network):
         self.config = config
         self.patches = PatchEmbedding(config)
         self.time = TimeEmbedding(config.width, frequencies=config.time_frequencies, scale=config.time_scale)
+        self.scalars = nn.ModuleDict(
+            {
+                name: TimeEmbedding(
+                    config.width, frequencies=config.time_frequencies, scale=config.time_scale, silent=True
+                )
+                for name in config.scalars
+            }
+        )
         self.label = LabelEmbedding(config.classes, config.width) if config.classes else None
         self.layers = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.final = FinalLayer(config)
 
     def forward(
-        self, x: Float[Tensor, "n c h w"], time: Float[Tensor, "n"], condition: Mapping[str, Tensor]
-    ) -> Float[Tensor, "n c h w"]:
-        """Return the prediction for noisy images.
+        self,
+        x: Float[Tensor, "n c h w"],
+        time: Float[Tensor, "n"],
+        condition: Mapping[str, Tensor],
+        *,
+        read_after: tuple[int, ...] = (),
+    ) -> Float[Tensor, "n c h w"] | tuple[Float[Tensor, "n c h w"], tuple[Float[Tensor, "n tokens width"], ...]]:
+        """Return the prediction for noisy images, and with ``read_after`` the tokens after those blocks.
 
         Args:
             x: images or latents at ``time``.
             time: fp32 in [0, 1].
             condition: ``label`` ``[n]`` int64 where the network has classes; the value ``classes`` stands for no label.
+                Each of ``scalars`` ``[n]`` fp32, 0 where it is left out.
+            read_after: block numbers from 0, in increasing order.
         """
         embedded = self.time(time)
         if self.label is not None:
             embedded = embedded + self.label(condition["label"])
+        for name, scalar in self.scalars.items():
+            embedded = embedded + scalar(condition.get(name, torch.zeros_like(time)))
         activated = silu(embedded)
-        tokens = self.patches(x)
-        for block in self.layers:
+        tokens, read = self.patches(x), []
+        for number, block in enumerate(self.layers):
             tokens = block(tokens, activated)
-        return unpatchify(self.final(tokens, activated), self.config.patch_size, self.config.channels)
+            if number in read_after:
+                read.append(tokens)
+        prediction = unpatchify(self.final(tokens, activated), self.config.patch_size, self.config.channels)
+        return (prediction, tuple(read)) if read_after else prediction
 
     def blocks(self) -> Iterator[nn.Module]:
         """The transformer blocks in order."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from sixfold.distributed.randomness import PositionRandom
-from sixfold.errors import RecipeError
+from sixfold.errors import DataError, RecipeError
 from sixfold.models.text_encoder.config import CAPTION, END_OF_TEXT
 from sixfold.models.trained.network import architecture_of
 from sixfold.objectives.conditioning.config import EncoderConfig
@@ -59,6 +59,24 @@ class Conditioning:
             name: Role(kind="frozen" if encoder.frozen else "trainable", network=name)
             for name, encoder in self._encoders.items()
         }
+
+    def fields_of(self, fields: Mapping[str, Tensor]) -> Conditions:
+        """Return the fields of a batch that are conditions.
+
+        Raises:
+            DataError: the data lack one.
+        """
+        wanted = self.null_values
+        missing = [name for name in wanted if name not in fields]
+        if missing:
+            raise DataError.of(
+                f"the denoiser is conditioned on {', '.join(missing)}, which the data lack",
+                where="networks",
+                allowed=f"the data have {', '.join(fields)}",
+                fix="use data with these fields (captions: kind image-text), or make the network unconditional (for a "
+                "DiT: classes=0)",
+            )
+        return {name: fields[name] for name in wanted}
 
     def absent(self, numbers: Int64[Tensor, " n"]) -> Conditions:
         """Return null conditions, as fields, for as many samples."""

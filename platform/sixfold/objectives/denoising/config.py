@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -93,3 +93,7 @@ class DenoisingConfig(ObjectiveSettings):
     def latents_of(self) -> str | None:
         """The codec."""
         return self.codec
+
+    def as_denoising(self, networks_config: Mapping[str, Any]) -> DenoisingConfig:
+        """How samplers see what was trained; objectives that distil have the same method."""
+        return self

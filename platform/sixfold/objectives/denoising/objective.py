@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sixfold.distributed.randomness import PositionRandom
-from sixfold.errors import DataError, RecipeError
+from sixfold.errors import RecipeError
 from sixfold.models.trained.network import TrainedNetwork
 from sixfold.objectives.conditioning.conditioning import Conditioning
 from sixfold.objectives.contract import Batch, LossTerms, Networks, Phase, Progress, Role, Sum
@@ -102,7 +102,7 @@ class Denoising:
 
     def __call__(self, nets: Networks, batch: Batch, phase: Phase, random: PositionRandom) -> LossTerms:
         """Return the weighted squared error at random times, with each condition dropped at random."""
-        inputs = self.conditioning.dropped(self._conditions(batch), random, self.config.label_drop)
+        inputs = self.conditioning.dropped(self.conditioning.fields_of(batch.fields), random, self.config.label_drop)
         data = clean_data(batch, random)
         noise = self._noise(data, batch, random, "noise", whole_groups=True)
         draw = _Draw(random.uniform("denoising/time"), noise, self.conditioning.encode(nets, inputs))
@@ -114,7 +114,7 @@ class Denoising:
         """Return the same loss at times stratified over positions, with noise of its own and no condition dropped."""
         data = clean_data(batch, random)
         noise = self._noise(data, batch, random, "evaluation_noise", whole_groups=False)
-        inputs = self.conditioning.inputs(self._conditions(batch))
+        inputs = self.conditioning.inputs(self.conditioning.fields_of(batch.fields))
         draw = _Draw(stratified_quantiles(batch.positions), noise, self.conditioning.encode(nets, inputs))
         loss = self._loss(nets, data, draw)
         return {"loss": Sum(loss.total.sum(), _count(loss.total)), **self._metrics(loss, draw.quantile)}
@@ -158,20 +158,6 @@ class Denoising:
         if self.config.uncertainty is not None:
             metrics["squared_error"] = Sum(loss.error.sum(), _count(loss.error))
         return metrics
-
-    def _conditions(self, batch: Batch) -> dict[str, Tensor]:
-        """Return the batch fields that the network is conditioned on."""
-        wanted = self.conditioning.null_values
-        missing = [name for name in wanted if name not in batch.fields]
-        if missing:
-            raise DataError.of(
-                f"network {self.config.network!r} is conditioned on {', '.join(missing)}, which the data lack",
-                where=f"networks.{self.config.network}",
-                allowed=f"the data have {', '.join(batch.fields)}",
-                fix="use data with these fields (captions: kind image-text), or make the network unconditional (for a "
-                "DiT: classes=0)",
-            )
-        return {name: batch[name] for name in wanted}
 
 
 def _count(loss: Float[Tensor, " n"]) -> Tensor:

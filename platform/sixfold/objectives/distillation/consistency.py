@@ -1,0 +1,158 @@
+"""Consistency models, distilled or trained alone: f(x_t, t) = f(x_r, r) along every trajectory, and f(x, 0) = x.
+
+f is the student's belief about the data. Networks that predict a velocity, v, or EDM's F meet the boundary condition by
+themselves: where there is no noise the data they imply are x itself, whatever they say.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sixfold.distributed.randomness import PositionRandom
+from sixfold.errors import RecipeError
+from sixfold.objectives.contract import Networks, Phase, Role
+from sixfold.objectives.distillation.common import Drawn, FewStepObjective, PerSample
+from sixfold.objectives.distillation.consistency_config import (
+    ConsistencyConfig,
+    GridPairsConfig,
+    PairsConfig,
+)
+from sixfold.objectives.distillation.view import on_path
+from sixfold.paths.affine import AffinePath, Coefficients
+from sixfold.paths.predictions import Endpoints
+from sixfold.paths.times import time_at_quantile
+
+GUIDANCE = "guidance"
+"""The condition by which a student is told the scale of its teacher's guidance."""
+
+_LARGEST_RATIO = 1e4
+"""Noise-to-signal ratio that stands for pure noise where ratios are compared."""
+
+
+class Pair(NamedTuple):
+    """Two times of the student's path, the noisier first."""
+
+    noisy: Float[Tensor, " n"]
+    clean: Float[Tensor, " n"]
+
+
+class Consistency(FewStepObjective):
+    """d(f(x_t, t), f_target(x_r, r)), where x_r lies on the trajectory through x_t."""
+
+    config: ConsistencyConfig
+
+    def __init__(self, config: ConsistencyConfig, networks_config: Mapping[str, Any]) -> None:
+        super().__init__(config, networks_config)
+        kind = self.student.settings.prediction
+        if kind in ("data", "noise"):
+            raise RecipeError.of(
+                f"a student that predicts {kind} does not meet the boundary condition f(x, 0) = x",
+                where="objective.prediction",
+                allowed="velocity, v, edm",
+                fix="set objective.prediction=velocity (a fresh student), or start from a teacher of one of these",
+            )
+        if config.target_decay is not None:
+            target = Role(kind="tracking", network=config.network, follows="denoiser", decay=config.target_decay)
+            self.roles = {**self.roles, "target": target}
+
+    def loss(self, nets: Networks, drawn: Drawn, phase: Phase, random: PositionRandom) -> PerSample:
+        """Return the distance between what each pair leads to."""
+        pair = pair_at(self.config.pairs, self.student.path, drawn.quantile, phase.done)
+        noisy, clean = (self.student.path.coefficients(time) for time in pair)
+        scale, condition = self._guidance(drawn, random)
+        ends = Endpoints(drawn.data, drawn.noise)
+        x = on_path(ends, noisy.alpha, noisy.sigma)
+        found = self.student(nets["denoiser"], x, noisy.alpha, noisy.sigma, condition).data
+        with torch.no_grad():
+            taught = self.teacher is not None
+            nearer = self._solve(nets, x, noisy, clean, drawn, scale) if taught else on_path(ends, *clean[:2])
+            network = nets["denoiser" if self.config.target_decay is None else "target"]
+            target = self.student(network, nearer, clean.alpha, clean.sigma, condition).data
+        distance = self._distance(found, target)
+        weight = 1.0 / (pair.noisy - pair.clean) if self.config.weighting == "inverse_gap" else 1.0
+        return PerSample(weight * distance, {"distance": distance})
+
+    def _solve(
+        self,
+        nets: Networks,
+        x: Float[Tensor, "n ..."],
+        start: Coefficients,
+        stop: Coefficients,
+        drawn: Drawn,
+        scale: float | Float[Tensor, " n"],
+    ) -> Float[Tensor, "n ..."]:
+        """Follow the teacher's probability flow from one time to another: dx = x0hat d(alpha) + ehat d(sigma)."""
+        change = [(b - a).reshape(-1, *[1] * (x.ndim - 1)) for a, b in zip(start[:2], stop[:2], strict=True)]
+        here = self.teach(nets, x, start.alpha, start.sigma, drawn, scale)
+        step = change[0] * here.data + change[1] * here.noise
+        if self.config.solver == "heun":
+            there = self.teach(nets, x + step, stop.alpha, stop.sigma, drawn, scale)
+            second = 0.5 * (step + change[0] * there.data + change[1] * there.noise)
+            # Where no noise is left beliefs about it mean nothing: there Euler's step ends at the data it believes in.
+            step = torch.where(stop.sigma.reshape(change[0].shape) > 0, second, step)
+        return x + step
+
+    def _guidance(self, drawn: Drawn, random: PositionRandom) -> tuple[float | Tensor, Mapping[str, Tensor]]:
+        """Return the teacher's scale, and the condition that tells the student of it where it varies."""
+        span = self.config.embed_guidance
+        if span is None:
+            return self.config.teacher_guidance, drawn.condition
+        scale = span[0] + (span[1] - span[0]) * random.uniform("distillation/guidance")
+        return scale, {**drawn.condition, GUIDANCE: scale}
+
+    def _distance(self, found: Float[Tensor, "n ..."], target: Float[Tensor, "n ..."]) -> Float[Tensor, " n"]:
+        """Squared error, a mean over dimensions; or sqrt(|.|^2 + c^2) - c, pseudo-Huber (2310.14189, eq. 7)."""
+        square = (found - target).square().flatten(1)
+        if self.config.huber is None:
+            return square.mean(1)
+        offset = self.config.huber * math.sqrt(square.shape[1])
+        return torch.sqrt(square.sum(1) + offset**2) - offset
+
+
+def pair_at(config: PairsConfig, path: AffinePath, quantile: Float[Tensor, " n"], done: float) -> Pair:
+    """Return the pair of times at a quantile in (0, 1), when the fraction ``done`` of training is over."""
+    if isinstance(config, GridPairsConfig):
+        return _grid_pair(config, path, quantile, done)
+    noisy = time_at_quantile(config.time, path, quantile)
+    at = path.coefficients(noisy)
+    ratio = (at.sigma / at.alpha).clamp(max=_LARGEST_RATIO)
+    gap = config.factor ** -(math.floor(done * config.stages) + 1.0)
+    nearer = (ratio - ratio * gap * (1.0 + config.boost * torch.sigmoid(-ratio))).clamp(min=0.0)
+    return Pair(noisy, path.time_at(torch.ones_like(nearer), nearer))
+
+
+def grid_steps(config: GridPairsConfig, done: float) -> int:
+    """Return the grid's intervals: doubled at even distances until ``last_steps`` (2310.14189, eq. 6)."""
+    doublings = math.ceil(math.log2(config.last_steps / config.first_steps))
+    steps: int = config.first_steps << math.floor(done * (doublings + 1))
+    return min(steps, config.last_steps)
+
+
+def _grid_pair(config: GridPairsConfig, path: AffinePath, quantile: Float[Tensor, " n"], done: float) -> Pair:
+    steps = grid_steps(config, done)
+    root = 1.0 / config.rho
+    low, high = path.time_data**root, path.time_noise**root
+    knots = (low + (high - low) * torch.linspace(0.0, 1.0, steps + 1, dtype=torch.float64)) ** config.rho
+    knots = knots.to(quantile)
+    if config.normal is None:
+        upper = (quantile * steps).long().clamp(max=steps - 1) + 1
+    else:
+        upper = _by_normal(config.normal, path, knots, quantile)
+    return Pair(knots[upper], knots[upper - 1])
+
+
+def _by_normal(
+    normal: tuple[float, float], path: AffinePath, knots: Float[Tensor, " knots"], quantile: Float[Tensor, " n"]
+) -> Tensor:
+    """Draw an interval by the normal probability of ln(ratio) within it (2310.14189, eq. 8)."""
+    at = path.coefficients(knots)
+    logs = torch.log((at.sigma / at.alpha).clamp(1.0 / _LARGEST_RATIO, _LARGEST_RATIO))
+    below = torch.special.ndtr((logs - normal[0]) / normal[1])
+    share = (below - below[0]) / (below[-1] - below[0])
+    return torch.searchsorted(share, quantile).clamp(1, len(knots) - 1)

@@ -1,0 +1,106 @@
+"""Learning from the teacher's trajectories: straightening them (reflow), or taking two steps in one (progressive)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sixfold.distributed.randomness import PositionRandom
+from sixfold.errors import RecipeError
+from sixfold.objectives.contract import Networks, Phase
+from sixfold.objectives.distillation.common import Drawn, FewStepObjective, PerSample
+from sixfold.objectives.distillation.trajectory_config import ProgressiveConfig, ReflowConfig
+from sixfold.objectives.distillation.view import on_path
+from sixfold.paths.predictions import Endpoints, express
+from sixfold.paths.times import time_at_quantile
+
+
+class Reflow(FewStepObjective):
+    """Flow matching where the data of each noise are where the teacher's flow takes it."""
+
+    config: ReflowConfig
+
+    def __init__(self, config: ReflowConfig, networks_config: Mapping[str, Any]) -> None:
+        super().__init__(config, networks_config)
+        _require_teacher(config)
+
+    def loss(self, nets: Networks, drawn: Drawn, phase: Phase, random: PositionRandom) -> PerSample:
+        """Return the squared error of each sample's prediction."""
+        ends = Endpoints(self._carried(nets, drawn), drawn.noise)
+        at = self.student.path.coefficients(time_at_quantile(self.config.time, self.student.path, drawn.quantile))
+        found = self.student(nets["denoiser"], on_path(ends, at.alpha, at.sigma), at.alpha, at.sigma, drawn.condition)
+        kind, data_std = self.student.settings.prediction, self.student.settings.data_std
+        error = express(found, kind, at, data_std) - express(ends, kind, at, data_std)
+        return PerSample(error.square().flatten(1).mean(1))
+
+    @torch.no_grad()
+    def _carried(self, nets: Networks, drawn: Drawn) -> Float[Tensor, "n ..."]:
+        """Return where the teacher's flow takes the noise, by Heun's method."""
+        assert self.teacher is not None
+        path = self.teacher.path
+        times = torch.linspace(path.time_noise, path.time_data, self.config.solver_steps + 1, dtype=torch.float64)
+        knots = path.coefficients(times.to(drawn.quantile))
+        x = knots.sigma[0] * drawn.noise
+        for step in range(self.config.solver_steps):
+            (alpha, next_alpha), (sigma, next_sigma) = (part[step : step + 2].unbind() for part in knots[:2])
+            here = self.teach(nets, x, _everywhere(alpha, x), _everywhere(sigma, x), drawn)
+            change = (next_alpha - alpha) * here.data + (next_sigma - sigma) * here.noise
+            if step + 1 < self.config.solver_steps:
+                there = self.teach(nets, x + change, _everywhere(next_alpha, x), _everywhere(next_sigma, x), drawn)
+                second = (next_alpha - alpha) * there.data + (next_sigma - sigma) * there.noise
+                change = 0.5 * (change + second)
+            x = x + change
+        return x
+
+
+class Progressive(FewStepObjective):
+    """The student's belief at t is the one whose single step ends where two half steps of the teacher end."""
+
+    config: ProgressiveConfig
+
+    def __init__(self, config: ProgressiveConfig, networks_config: Mapping[str, Any]) -> None:
+        super().__init__(config, networks_config)
+        _require_teacher(config)
+
+    def loss(self, nets: Networks, drawn: Drawn, phase: Phase, random: PositionRandom) -> PerSample:
+        """Return the squared error of the belief about the data, weighted by max(SNR, 1) (section 4)."""
+        path, steps = self.student.path, self.config.student_steps
+        index = (drawn.quantile * steps).floor().clamp(max=steps - 1) + 1.0
+        span = path.time_noise - path.time_data
+        start, half, stop = (
+            path.coefficients(path.time_data + span * (index - back) / steps) for back in (0.0, 0.5, 1.0)
+        )
+        x = on_path(Endpoints(drawn.data, drawn.noise), start.alpha, start.sigma)
+        with torch.no_grad():
+            middle = on_path(self.teach(nets, x, start.alpha, start.sigma, drawn), half.alpha, half.sigma)
+            end = on_path(self.teach(nets, middle, half.alpha, half.sigma, drawn), stop.alpha, stop.sigma)
+            target = implied_data(x, end, start=start[:2], stop=stop[:2])
+        found = self.student(nets["denoiser"], x, start.alpha, start.sigma, drawn.condition).data
+        weight = (start.alpha / start.sigma).square().clamp(min=1.0)
+        return PerSample(weight * (found - target).square().flatten(1).mean(1))
+
+
+def implied_data(
+    x: Float[Tensor, "n ..."], end: Float[Tensor, "n ..."], *, start: tuple[Tensor, ...], stop: tuple[Tensor, ...]
+) -> Float[Tensor, "n ..."]:
+    """Return the x0 for which one DDIM step from ``x`` at ``start`` = (alpha, sigma) ends in ``end`` at ``stop``."""
+    shape = (-1, *[1] * (x.ndim - 1))
+    ratio = (stop[1] / start[1]).reshape(shape)
+    return (end - ratio * x) / (stop[0].reshape(shape) - ratio * start[0].reshape(shape))
+
+
+def _everywhere(value: Tensor, x: Tensor) -> Tensor:
+    return value.to(x.dtype).expand(len(x))
+
+
+def _require_teacher(config: ReflowConfig | ProgressiveConfig) -> None:
+    if config.teacher is None:
+        raise RecipeError.of(
+            f"objective {config.type} learns from a teacher, and there is none",
+            where="objective.teacher",
+            fix="name one: networks.teacher: {type: trained, run: ...}",
+        )

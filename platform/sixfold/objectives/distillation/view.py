@@ -1,0 +1,111 @@
+"""A denoiser seen through any affine path: the one conversion by which teachers and students of all kinds understand
+each other.
+
+A network knows one path and one prediction. Asked about x = a x0 + s e on any other path, it is shown the point of its
+own path with the same ratio s : a, which is x rescaled, and its answer is read as beliefs about x0 and e, which mean
+the same on every path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sixfold.objectives.denoising.config import DenoisingConfig
+from sixfold.paths.affine import AffinePath, Coefficients
+from sixfold.paths.predictions import Endpoints, endpoints_of, network_input
+
+Condition = Mapping[str, Tensor]
+
+
+class _Asked(NamedTuple):
+    """A question in the network's own terms: the point and coefficients of its path, and what it is shown."""
+
+    own: Float[Tensor, "n ..."]
+    at: Coefficients
+    seen: tuple[Float[Tensor, "n ..."], Float[Tensor, " n"]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """How a denoiser's network is asked.
+
+    Attributes:
+        settings: the path, prediction and data standard deviation that the network was trained for.
+        path: that path.
+    """
+
+    settings: DenoisingConfig
+    path: AffinePath
+
+    @classmethod
+    def of(cls, settings: DenoisingConfig) -> View:
+        """Make the view that fits a denoising objective's settings."""
+        return cls(settings=settings, path=settings.path.load()(settings.path))
+
+    def __call__(
+        self,
+        network: Any,
+        x: Float[Tensor, "n ..."],
+        alpha: Float[Tensor, " n"],
+        sigma: Float[Tensor, " n"],
+        condition: Condition,
+    ) -> Endpoints:
+        """Return what the network believes of both ends, at x = alpha x0 + sigma e of any path."""
+        asked = self._asked(x, alpha, sigma)
+        value = network(*asked.seen, condition).to(x.dtype)
+        return endpoints_of(value, self.settings.prediction, asked.own, asked.at, self.settings.data_std)
+
+    def features(
+        self,
+        network: Any,
+        x: Float[Tensor, "n ..."],
+        alpha: Float[Tensor, " n"],
+        sigma: Float[Tensor, " n"],
+        condition: Condition,
+        *,
+        read_after: Sequence[int],
+    ) -> tuple[Float[Tensor, "n tokens width"], ...]:
+        """Return the network's tokens after the given blocks."""
+        _, hidden = network(*self._asked(x, alpha, sigma).seen, condition, read_after=tuple(read_after))
+        found: tuple[Tensor, ...] = hidden
+        return found
+
+    def _asked(self, x: Float[Tensor, "n ..."], alpha: Float[Tensor, " n"], sigma: Float[Tensor, " n"]) -> _Asked:
+        time = self.path.time_at(alpha, sigma)
+        at = self.path.coefficients(time)
+        scale = torch.hypot(at.alpha, at.sigma) / torch.hypot(alpha, sigma)
+        own = x * scale.reshape(-1, *[1] * (x.ndim - 1))
+        seen = network_input(own, time, at, self.settings.prediction, self.settings.data_std)
+        return _Asked(own=own, at=at, seen=seen)
+
+    def guided(
+        self,
+        network: Any,
+        x: Float[Tensor, "n ..."],
+        alpha: Float[Tensor, " n"],
+        sigma: Float[Tensor, " n"],
+        condition: Condition,
+        *,
+        null: Condition,
+        scale: float | Float[Tensor, " n"],
+    ) -> Endpoints:
+        """Return beliefs under classifier-free guidance (2207.12598), in one pass over twice the samples."""
+        if isinstance(scale, float) and scale == 1.0:
+            return self(network, x, alpha, sigma, condition)
+        both = {name: torch.cat([null[name], value]) for name, value in condition.items()}
+        found = self(network, torch.cat([x, x]), torch.cat([alpha, alpha]), torch.cat([sigma, sigma]), both)
+        wide = scale if isinstance(scale, float) else scale.reshape(-1, *[1] * (x.ndim - 1))
+        negative, conditional = (Endpoints(*halves) for halves in zip(*(end.chunk(2) for end in found), strict=True))
+        return Endpoints(*(n + wide * (c - n) for n, c in zip(negative, conditional, strict=True)))
+
+
+def on_path(ends: Endpoints, alpha: Float[Tensor, " n"], sigma: Float[Tensor, " n"]) -> Float[Tensor, "n ..."]:
+    """Return alpha x0 + sigma e."""
+    shape = (-1, *[1] * (ends.data.ndim - 1))
+    return alpha.reshape(shape) * ends.data + sigma.reshape(shape) * ends.noise

@@ -1,0 +1,69 @@
+"""Sampling in one or a few jumps, from students and one-step flows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sixfold.objectives.contract import Networks
+from sixfold.objectives.distillation.consistency import GUIDANCE
+from sixfold.objectives.distillation.mean_flow import INTERVAL
+from sixfold.objectives.distillation.view import on_path
+from sixfold.paths.predictions import Endpoints
+from sixfold.samplers.config import FewStepConfig
+from sixfold.samplers.contract import SampleRequest
+from sixfold.samplers.denoising import DenoisingSampler, Knots, NoiseSource, PredictEndpoints, everywhere, knots_at
+
+
+class FewStepSampler(DenoisingSampler):
+    """Jump to the data that the student believes in and back to less noise, until none is left.
+
+    ``stochastic`` noises the data anew each time (consistency models, 2303.01469, algorithm 1); else the noise that is
+    believed to be in x is kept, as DDIM does. A mean flow (2505.13447, algorithm 2) is told how far each jump goes.
+    """
+
+    config: FewStepConfig
+
+    def __init__(self, config: FewStepConfig, objective: Any, networks_config: Mapping[str, Any]) -> None:
+        super().__init__(config, objective, networks_config)
+        self.told_interval = getattr(objective, "jumps", "data") == "interval"
+
+    def integrate(self, predict: PredictEndpoints, noise: NoiseSource, steps: int | None) -> Float[Tensor, "n ..."]:
+        """Return clean samples in ``steps`` jumps."""
+        times, alphas, sigmas = self._knots(steps)
+        x = sigmas[0] * noise("noise")
+        for step, time in enumerate(times):
+            ends = predict(x, everywhere(time, x))
+            if self.config.stochastic and not self.told_interval and step + 1 < len(times):
+                ends = Endpoints(ends.data, noise(f"noise/{step + 1}"))
+            x = on_path(ends, everywhere(alphas[step + 1], x), everywhere(sigmas[step + 1], x))
+        return x
+
+    def beliefs(self, nets: Networks, request: SampleRequest) -> PredictEndpoints:
+        """Return the student's beliefs; numbers that it is conditioned on besides the time are added here."""
+        student: Any = self._told(nets["denoiser"], self._knots(request.steps))
+        return super().beliefs({**nets, "denoiser": student}, request)
+
+    def _knots(self, steps: int | None) -> Knots:
+        if self.config.times is None or steps is not None:
+            return self.knots(steps)
+        return knots_at(self.path, torch.tensor(self.config.times, dtype=torch.float64))
+
+    def _told(self, network: Any, knots: Knots) -> Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]:
+        ends = torch.tensor([self.path.time_data, *reversed(knots.times)], dtype=torch.float64)
+
+        def asked(x: Tensor, time: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
+            told = dict(condition)
+            if self.told_interval:
+                below = torch.searchsorted(ends.to(time), time.contiguous()) - 1
+                told[INTERVAL] = time - ends.to(time)[below.clamp(min=0)]
+            if self.config.told_guidance is not None:
+                told[GUIDANCE] = torch.full_like(time, self.config.told_guidance)
+            value: Tensor = network(x, time, told)
+            return value
+
+        return asked
