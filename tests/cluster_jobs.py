@@ -55,8 +55,9 @@ class Job:
     @classmethod
     def submit(cls, profile, *arguments, data, runs, settings=(), environment=None, recipe=RECIPE):
         """Submit the small language model, or another recipe, and return at once."""
-        own = (f"runs={runs}", "snapshot.policy=changes")  # the checkout under test may be dirty
-        profile_settings = [part for setting in (*own, *settings) for part in ("--with", setting)]
+        # Elsewhere runs what is tested here: the checkout, which may be dirty.
+        code = "snapshot.policy=installed" if profile == "local" else "snapshot.policy=changes"
+        profile_settings = [part for setting in (f"runs={runs}", code, *settings) for part in ("--with", setting)]
         done = sixfold(
             "submit", recipe, "--to", profile, f"data.path={data}", *TINY, *profile_settings, *arguments, "--json",
             environment=environment, directory=Path(runs).parent,
@@ -71,11 +72,11 @@ class Job:
         """Everything the job printed."""
         return "".join(path.read_text(errors="replace") for path in sorted(self.logs.glob("*.out")))
 
-    def wait_for_step(self, step, timeout=90):
+    def wait_for_step(self, step, timeout=240):
         """Wait until a run has logged a step."""
         wait_for(lambda: max(losses(self.run), default=0) >= step, f"{self.run} came to no step {step}", timeout, self)
 
-    def wait_until_finished(self, timeout=120):
+    def wait_until_finished(self, timeout=240):
         """Wait until every run has finished, and the launcher has said so."""
         wait_for(
             lambda: all(outcome(run) == "finished" for run in self.runs), f"{self.id} did not finish", timeout, self
@@ -83,8 +84,9 @@ class Job:
 
     def ranks(self):
         """The processes that train the first run now."""
-        return [process for process in processes_naming(self.run) if "slurm_task" in command_of(process) or (
-            "sixfold.train.worker" in command_of(process))]  # fmt: skip
+        marks = ("sixfold_launchers.slurm_task", "sixfold.train.")
+        found = [process for process in processes_naming(self.run) if any(m in command_of(process) for m in marks)]
+        return [process for process in found if not command_of(process).startswith("srun")]
 
 
 def wait_for(condition, failure, timeout, job=None):

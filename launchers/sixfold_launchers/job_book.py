@@ -31,7 +31,8 @@ CREATE TABLE IF NOT EXISTS jobs (
     record TEXT NOT NULL
 )
 """
-_SUBMISSION_TIMEOUT_S = 120.0
+SUBMISSION_TIMEOUT_S = 120.0
+"""How long a submission may take before a job that its cluster does not know counts as never submitted."""
 
 
 def state_folder() -> Path:
@@ -159,7 +160,7 @@ def _reconciled(book: JobBook, job: JobRecord) -> JobRecord:
     if job.cluster_id is None:
         cluster_id = launcher.find(job.spec)
         if cluster_id is None:
-            if time.time() - job.submitted_s < _SUBMISSION_TIMEOUT_S:
+            if time.time() - job.submitted_s < SUBMISSION_TIMEOUT_S:
                 return job
             return book.update(replace(job, state="lost", detail="it was never seen on the cluster"))
         job = replace(job, cluster_id=cluster_id)

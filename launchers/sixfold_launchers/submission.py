@@ -15,7 +15,7 @@ from sixfold.recipe.checks import check_recipe
 from sixfold.recipe.load import LoadedRecipe, load_recipe
 from sixfold.train.run_folder import held, new_run_id, prepare_run_folder, take_up
 from sixfold_launchers.contract import JobRecord, JobSpec, Launcher, RunSpec, Submission, launcher_of
-from sixfold_launchers.job_book import JobBook, reconcile
+from sixfold_launchers.job_book import SUBMISSION_TIMEOUT_S, JobBook, reconcile
 from sixfold_launchers.profile_files import LoadedProfile
 from sixfold_launchers.snapshot import Snapshot, plan_snapshot, record_code, ship
 
@@ -168,12 +168,22 @@ def submit(made: Plan, book: JobBook) -> tuple[JobRecord, bool]:
 
 
 def _is_unconfirmed(book: JobBook, job: JobRecord) -> bool:
-    """Whether an earlier submission of a key died before the cluster had it."""
+    """Whether an earlier submission of a key died before the cluster had it.
+
+    Raises:
+        UserError: it began so lately that it may still be under way.
+    """
     if job.cluster_id is not None:
         return False
     [(now, fault)] = reconcile(book, [job])
     if fault is not None:
         raise fault
+    if now.state == "submitting":
+        raise UserError.of(
+            f"a submission under this key began {time.time() - job.submitted_s:.0f} s ago and has not been confirmed",
+            where=f"--key {job.key}",
+            fix=f"if it was killed, submit again when {SUBMISSION_TIMEOUT_S:.0f} s have passed",
+        )
     return now.cluster_id is None
 
 

@@ -52,11 +52,11 @@ def preempt(slurm_cluster, job):
             "sbatch", "--parsable", "--partition=urgent", "--exclusive", "--wrap=sleep 1", "--output=/dev/null",
             f"--nodelist={slurm_cluster.field(job.cluster_id, 'NodeList')}", "--nodes=2",
         )  # fmt: skip
-        wait_for(lambda: ranks.has_pending(signal.SIGTERM, signal.SIGUSR1), "no rank was told to save", 60, job)
-    wait_for(lambda: outcome(job.run) == "interrupted", "the preempted ranks did not save", 60, job)
+        wait_for(lambda: ranks.has_pending(signal.SIGTERM, signal.SIGUSR1), "no rank was told to save", 240, job)
+    wait_for(lambda: outcome(job.run) == "interrupted", "the preempted ranks did not save", 240, job)
     assert max(losses(job.run)) <= before + 2, "a preempted run saves at the next step boundary"
-    wait_for(lambda: slurm_cluster.field(urgent, "JobState") == "COMPLETED", "the urgent job did not run", 60)
-    wait_for(lambda: slurm_cluster.start_now(job.cluster_id), "the preempted job was not requeued", 60, job)
+    wait_for(lambda: slurm_cluster.field(urgent, "JobState") == "COMPLETED", "the urgent job did not run", 240)
+    wait_for(lambda: slurm_cluster.start_now(job.cluster_id), "the preempted job was not requeued", 240, job)
 
 
 def test_killed_preempted_and_stranded_a_run_ends_the_same(slurm_cluster, submit, reference, workplace):
@@ -65,17 +65,17 @@ def test_killed_preempted_and_stranded_a_run_ends_the_same(slurm_cluster, submit
     job.wait_for_step(6)
     with Frozen(job) as ranks:  # a rank is killed: Slurm keeps the nodes, the ranks start again
         ranks.processes[0].send_signal(signal.SIGKILL)
-    wait_for(lambda: len(attempts(job.run)) == 2, "the ranks did not start again", 60, job)
+    wait_for(lambda: len(attempts(job.run)) == 2, "the ranks did not start again", 240, job)
 
     for turn in (3, 4):
         preempt(slurm_cluster, job)
-        wait_for(lambda: len(attempts(job.run)) == turn, "the preempted run did not go on", 60, job)  # noqa: B023  # called before the next turn
+        wait_for(lambda: len(attempts(job.run)) == turn, "the preempted run did not go on", 240, job)  # noqa: B023  # called before the next turn
         assert attempts(job.run)[-1] > attempts(job.run)[-2], "it resumed where it had saved"
 
     job.wait_for_step(max(losses(job.run)) + 3)
     second = slurm_cluster("scontrol", "show", "hostnames", slurm_cluster.field(job.cluster_id, "NodeList")).split()[1]
     slurm_cluster.kill_node(second)
-    wait_for(lambda: slurm_cluster.start_now(job.cluster_id), "the job outlived its node, unqueued", 90, job)
+    wait_for(lambda: slurm_cluster.start_now(job.cluster_id), "the job outlived its node, unqueued", 240, job)
     job.wait_until_finished()
 
     assert losses(job.run) == losses(reference.run)
