@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-WORKER_MODULE = "sixfold.train.worker"
+WORKER_MODULE = "sixfold.train.rank"
 _POLL_S = 0.05
+_PASSED_ON = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +76,8 @@ def launch(
 def _launch_once(run_folder: Path, ranks: int, inherited: Sequence[int], module: str) -> Outcome:
     command = [sys.executable, "-m", module, str(run_folder)]
     shared = rendezvous(ranks)
+    # Ranks inherit that these signals are blocked, until they can hear them: a request to stop is never lost or deadly.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)
     workers = [
         # A session of their own: Ctrl-C in a terminal reaches the ranks once, through this process.
         subprocess.Popen(
@@ -86,6 +89,7 @@ def _launch_once(run_folder: Path, ranks: int, inherited: Sequence[int], module:
         for rank in range(ranks)
     ]
     with _signals_passed_on(workers):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)
         try:
             return _wait(workers)
         finally:
@@ -154,7 +158,7 @@ def _signals_passed_on(workers: Sequence[subprocess.Popen[bytes]]) -> Iterator[N
             if worker.poll() is None:
                 worker.send_signal(number)
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, pass_on) for number in _PASSED_ON}
     try:
         yield
     finally:

@@ -121,6 +121,7 @@ def held_by_roles(
             recipe.optimizer_of(role),
             world_size=world_size,
             averaged=recipe.train.ema is not None,
+            accumulates=micro_batch_of(recipe, (role,), world_size) < recipe.data.global_batch // world_size,
             device=device,
         )
         for role, parameters in shapes.items()

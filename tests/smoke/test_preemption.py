@@ -1,0 +1,71 @@
+"""A request to stop at any moment ends in a saved step within the grace period, and nothing is lost."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sixfold.recipe.load import load_recipe
+from sixfold.train.run_folder import prepare_run_folder, take_up
+
+TRIALS = 20
+SETTINGS = [
+    "train.steps=1000000",
+    "train.log_every_steps=1",
+    "schedule.type=constant",
+    "checkpoint.every_steps=2",
+    "data.global_batch=16",
+    "networks.denoiser.depth=1",
+    "networks.denoiser.width=32",
+    "tracking.type=jsonl",
+    "evaluation=null",
+    "sampling=null",
+]
+COMMAND = [sys.executable, "-m", "sixfold.cli.main", "run", "flow/dit-smoke"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
+
+
+@pytest.mark.timeout(600)
+def test_twenty_preemptions_lose_nothing(demo_data: Path, tmp_path: Path) -> None:
+    recipe = load_recipe("flow/dit-smoke", [f"data.path={demo_data / 'digits'}", *SETTINGS]).recipe
+    for name in ("preempted", "undisturbed"):
+        take_up(prepare_run_folder(recipe, tmp_path / name, resume=True), recipe)
+    ended = subprocess.run(
+        [sys.executable, "-m", "preemption_trials", str(tmp_path), str(TRIALS)],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    found = json.loads(ended.stdout.splitlines()[-1])
+    assert found["trials"] == TRIALS
+    assert found["equal"], found
+    assert found["steps"] >= TRIALS
+
+
+@pytest.mark.parametrize("after_s", [0.0, 1.0])
+def test_a_request_in_the_first_second_is_heard(after_s: float, demo_data: Path, tmp_path: Path) -> None:
+    """The ranks exist, but import for seconds yet: they take one step, save it, and end."""
+    process = subprocess.Popen(
+        [*COMMAND, f"data.path={demo_data / 'digits'}", *SETTINGS, "--run-dir", str(tmp_path / "run")],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while process.poll() is None and not children.read_text():
+        time.sleep(0.002)
+    time.sleep(after_s)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 1, output
+    assert "interrupted and saved" in output
+    assert (tmp_path / "run/checkpoints/step_00000001/MANIFEST.json").exists()
