@@ -27,10 +27,14 @@ def read_parameters(candidate: Candidate, role: str, *, averaged: bool) -> dict[
     Raises:
         CheckpointError: the checkpoint has no such role, or no moving average of it.
     """
+    return read_kind(candidate, role, "ema" if averaged else "parameters")
+
+
+def read_kind(candidate: Candidate, role: str, kind: str, *, buffers: bool = True) -> dict[str, Tensor]:
+    """As :func:`read_parameters`, for any kind of a role's parameters: ``parameters``, ``ema``, ``ema_0.1``."""
     saved = open_reader(candidate, Ranks(None)).tensors()
-    kind = "ema" if averaged else "parameters"
     chosen: dict[str, str] = {}
-    for prefix in (f"roles/{role}/{kind}/", f"roles/{role}/buffers/"):
+    for prefix in (f"roles/{role}/{kind}/", *([f"roles/{role}/buffers/"] if buffers else [])):
         chosen |= {name: name.removeprefix(prefix) for name in saved if name.startswith(prefix)}
     if not any(name.startswith(f"roles/{role}/{kind}/") for name in chosen):
         available = sorted({"/".join(name.split("/")[1:3]) for name in saved})
@@ -38,6 +42,14 @@ def read_parameters(candidate: Candidate, role: str, *, averaged: bool) -> dict[
     state = {name: torch.empty(saved[name].size, dtype=saved[name].properties.dtype) for name in chosen}
     fill(candidate, state, Ranks(None))
     return {short: state[name] for name, short in chosen.items()}
+
+
+def read_updates(candidate: Candidate, role: str) -> int:
+    """Return how many updates a role had taken."""
+    name = f"roles/{role}/optimizer_step"
+    state = {name: torch.zeros((), dtype=torch.int64)}
+    fill(candidate, state, Ranks(None))
+    return int(state[name].item())
 
 
 def export_safetensors(candidate: Candidate, role: str, *, averaged: bool, out: Path) -> None:
@@ -48,11 +60,20 @@ def export_safetensors(candidate: Candidate, role: str, *, averaged: bool, out: 
         EnvironmentFault: the file cannot be written.
     """
     tensors = read_parameters(candidate, role, averaged=averaged)
+    write_safetensors(tensors, candidate, role, out, averaged=str(averaged).lower())
+
+
+def write_safetensors(tensors: dict[str, Tensor], candidate: Candidate, role: str, out: Path, **more: str) -> None:
+    """Write what was made of a checkpoint's tensors; the file says which checkpoint, and whatever ``more`` says.
+
+    Raises:
+        EnvironmentFault: the file cannot be written.
+    """
     manifest = candidate.manifest
     description = {
+        **more,
         "format": "pt",
         "role": role,
-        "averaged": str(averaged).lower(),
         "step": str(candidate.step),
         "recipe_hash": manifest.identity.recipe_hash,
         "fingerprint": manifest.identity.fingerprint,

@@ -207,15 +207,15 @@ class TorchEngine(ABC):
     def checkpoint_state(self) -> State:
         """Return the live state; sharded parameters, slots and averages as DTensors."""
         state: State = {f"parameters/{name}": value.detach() for name, value in self._parameters.items()}
-        state |= {f"buffers/{name}": value for name, value in persistent_buffers(self.network).items()}
         for name, slots in self._optimizer.slots().items():
             state |= {f"optimizer/{name}/{slot}": value for slot, value in slots.items()}
         return state | self.average_state()
 
     def average_state(self) -> State:
-        """Return the live averages alone, and the number of updates behind them."""
-        averages = {} if self._averages is None else self._averages.state()
-        return averages | {"optimizer_step": torch.tensor(self.updates)}
+        """Return the live averages alone, with the buffers and the number of updates that belong to them."""
+        state: State = {} if self._averages is None else self._averages.state()
+        state |= {f"buffers/{name}": value for name, value in persistent_buffers(self.network).items()}
+        return state | {"optimizer_step": torch.tensor(self.updates)}
 
     def checkpoint_template(self) -> State:
         """Return empty tensors like :meth:`checkpoint_state`, so that a failed load leaves the engine as it is."""

@@ -84,7 +84,7 @@ class Engine(Protocol):
         ...
 
     def average_state(self) -> State:
-        """The part of :meth:`checkpoint_state` that snapshots of averages hold, and ``optimizer_step``."""
+        """The part of :meth:`checkpoint_state` that snapshots hold: averages, buffers, ``optimizer_step``."""
         ...
 
     def checkpoint_template(self) -> State:

@@ -150,12 +150,12 @@ class DeepSpeedEngine:
             state[f"parameters/{name}"] = self._cut(part.gather(part.read()))
             for slot in SLOTS:
                 state[f"optimizer/{name}/{slot}"] = self._cut(part.gather(part.read(slot)))
-        state |= {f"buffers/{name}": value for name, value in persistent_buffers(self.network).items()}
         return state | self.average_state()
 
     def average_state(self) -> State:
-        """Return the averages alone, cut and gathered like :meth:`checkpoint_state`; a collective."""
-        state: State = {"optimizer_step": torch.tensor(self.updates)}
+        """Return averages, buffers and count alone, cut and gathered like :meth:`checkpoint_state`; a collective."""
+        state: State = {f"buffers/{name}": value for name, value in persistent_buffers(self.network).items()}
+        state["optimizer_step"] = torch.tensor(self.updates)
         for kind, values in ({} if self._averages is None else self._averages.values).items():
             for name, held in values.items():
                 state[f"{kind}/{name}"] = self._cut(self._fragments[name].gather(held))

@@ -20,7 +20,7 @@ from sixfold.engine.averaging import exponent_of
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """How a power average weighs the past: after ``updates`` updates, with a relative standard deviation of ``width``."""
+    """How a power average weighs the past: after so many updates, with a relative standard deviation of ``width``."""
 
     updates: int
     width: float

@@ -9,6 +9,7 @@ from pydantic import JsonValue
 from sixfold.checkpoint.checkpointer import Checkpointer
 from sixfold.checkpoint.ranks import new_group
 from sixfold.distributed.process_group import World
+from sixfold.engine.averaging_config import PowerAverageConfig
 from sixfold.models.trained.network import TrainedNetwork
 from sixfold.objectives.contract import Objective, Progress
 from sixfold.recipe.recipe import Recipe
@@ -67,6 +68,17 @@ def open_stream(recipe: Recipe, world: World, *, samples: int, quarantine: Path 
         start_samples=samples,
         quarantine_path=quarantine,
     )
+
+
+def open_snapshots(recipe: Recipe, world: World, directory: Path) -> Checkpointer | None:
+    """Open the run's snapshots of averages for saving; None where the recipe keeps none."""
+    averages = recipe.train.ema
+    if not isinstance(averages, PowerAverageConfig) or not averages.snapshots:
+        return None
+    # A checkpointer of their own, since they are kept when checkpoints go.
+    keep = recipe.train.steps if averages.keep_snapshots is None else averages.keep_snapshots
+    retention = recipe.checkpoint.model_copy(update={"keep": keep, "keep_every": None})
+    return open_checkpointer(recipe.model_copy(update={"checkpoint": retention}), world, directory)
 
 
 def open_checkpointer(recipe: Recipe, world: World, directory: Path) -> Checkpointer:

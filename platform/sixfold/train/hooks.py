@@ -127,11 +127,12 @@ class Evaluate:
 
 @dataclass(kw_only=True)
 class Checkpoint:
-    """Saves when due and on request, and reports what was committed since."""
+    """Saves when due and on request, snapshots of averages too, and reports what was committed since."""
 
     checkpointer: Checkpointer
     log: Log
     every_steps: int
+    snapshots: Checkpointer | None = None
     newest: str | None = None
 
     def __call__(self, training: Training, record: StepRecord) -> None:
@@ -144,7 +145,14 @@ class Checkpoint:
             extra = SavedExtra(samples=progress.samples, data=training.stream.state())
             report = self.checkpointer.save(progress.step, states, extra.model_dump(mode="json"))
             self.log.add({"ckpt/stall_s": report.stall_s})
+            self.take_snapshot(training)
         self.publish()
+
+    def take_snapshot(self, training: Training) -> None:
+        """Keep the averages of the present step, where the recipe keeps any."""
+        if self.snapshots is not None:
+            averages = {role: engine.average_state() for role, engine in training.engines.items()}
+            self.snapshots.save(training.progress.step, averages, {})
 
     def publish(self) -> None:
         """Log every checkpoint committed since the last call; raise what the background writer met."""

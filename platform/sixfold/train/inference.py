@@ -1,4 +1,4 @@
-"""Using a trained run in one process, without engines: sampling, evaluation, export."""
+"""Using a trained run in one process, without engines: loading, evaluation, export."""
 
 from __future__ import annotations
 
@@ -21,16 +21,12 @@ from sixfold.objectives.contract import Objective
 from sixfold.recipe.load import load_recipe
 from sixfold.recipe.recipe import Recipe
 from sixfold.recipe.trained import resolve_networks
-from sixfold.samplers.contract import Sampler, SampleRequest
 from sixfold.train.codec_identity import check_codec
 from sixfold.train.evaluator import Evaluator
+from sixfold.train.reconstruction import reconstruct_run
 from sixfold.train.roles import load_networks
 from sixfold.train.run_folder import RunFolder
-from sixfold.train.samples import Samples, conditions_of, draw
 from sixfold_data.describe import describe
-
-_BATCH = 256
-_PREVIEW_CHARACTERS = 600
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,16 +42,6 @@ class Trained:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Written:
-    """What a draw wrote, and lines to show of it."""
-
-    step: int
-    folder: Path
-    files: list[Path]
-    preview: list[str]
-
-
-@dataclass(frozen=True, kw_only=True)
 class Measured:
     """What an evaluation found, and at which step."""
 
@@ -63,11 +49,15 @@ class Measured:
     estimates: list[Estimate]
 
 
-def load_trained(run: Path) -> Trained:
+def load_trained(run: Path, *, length: float | None = None) -> Trained:
     """Load a run's networks from its newest checkpoint that verifies, averaged where the recipe keeps an average.
 
+    Args:
+        run: the run folder.
+        length: use averages of this relative width, reconstructed from snapshots, instead.
+
     Raises:
-        UserError: the run has no checkpoint yet.
+        UserError: the run has no checkpoint yet, or no snapshots to reconstruct from.
         CheckpointError: none of its checkpoints verifies.
     """
     folder = RunFolder(run)
@@ -81,46 +71,25 @@ def load_trained(run: Path) -> Trained:
     networks = load_networks(
         recipe, objective, settings, candidate, averaged=averaged, device=device, cache=folder.features
     )
+    for made in reconstruct_run(run, length=length) if length is not None else []:
+        networks[made.role].load_state_dict(made.parameters)
     return Trained(
         recipe=recipe, candidate=candidate, objective=objective, settings=settings, networks=networks, device=device
     )
 
 
-def sample_run(
-    run: Path, *, count: int, seed: int, steps: int | None, out: Path | None, label: int | None, prompt: str | None
-) -> Written:
-    """Draw samples and write them to ``out`` (by default ``samples/drawn-step_N`` in the run folder).
-
-    Raises:
-        UserError: the run has no sampler or no checkpoint, or the label or prompt does not fit it.
-    """
-    trained = load_trained(run)
-    recipe, step = trained.recipe, trained.candidate.step
-    if recipe.sampling is None:
-        raise UserError.of("the run's recipe has no sampling section", where=str(run), fix="add one and resume the run")
-    info = describe(recipe.data)
-    conditions = conditions_of(recipe, info, count, label=label, prompt=prompt)
-    sampler: Sampler = recipe.sampling.load()(recipe.sampling, recipe.objective, trained.settings)
-    request = SampleRequest(seed=seed, numbers=torch.arange(count), conditions=conditions, steps=steps)
-    fields = draw(sampler, trained.networks, request, batch=_BATCH, device=trained.device, latents=info.latents)
-    samples = Samples(fields=fields, conditions=conditions, info=info)
-    folder = out if out is not None else RunFolder(run).samples / f"drawn-step_{step}"
-    files = samples.write_all(folder)
-    preview = [] if samples.are_images else [text[:_PREVIEW_CHARACTERS] for text in samples.texts[:1]]
-    return Written(step=step, folder=folder, files=files, preview=preview)
-
-
-def evaluate_run(run: Path, *, samples: int | None = None) -> Measured:
+def evaluate_run(run: Path, *, samples: int | None = None, length: float | None = None) -> Measured:
     """Measure a run's newest checkpoint as its recipe's ``evaluation`` says, on averaged weights where it keeps them.
 
     Args:
         run: the run folder.
         samples: draw so many instead of the recipe's number.
+        length: measure averages of this relative width instead; see :func:`load_trained`.
 
     Raises:
         UserError: the recipe has no evaluation section, or the run no checkpoint.
     """
-    trained = load_trained(run)
+    trained = load_trained(run, length=length)
     recipe = trained.recipe
     if recipe.evaluation is None:
         raise UserError.of(

@@ -37,6 +37,11 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def snapshots(self) -> Path:
+        """Moving averages by step, from which others are reconstructed."""
+        return self.path / "snapshots"
+
+    @property
     def samples(self) -> Path:
         """Sample grids and texts by step."""
         return self.path / "samples"

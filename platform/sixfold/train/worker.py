@@ -1,13 +1,12 @@
 """What every rank does with a run folder, from its recipe to the last checkpoint.
 
-Run as ``python -m sixfold.train.worker RUN_FOLDER`` by a launcher, which sets RANK and WORLD_SIZE.
+Launchers start :mod:`sixfold.train.rank`, which comes here, and set RANK and WORLD_SIZE.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
-import signal
 import sys
 import threading
 import time
@@ -27,12 +26,13 @@ from sixfold.recipe.recipe import Recipe
 from sixfold.tracking.environment import collect_environment
 from sixfold.tracking.events import EventLog, Status
 from sixfold.tracking.tracker import open_tracker
-from sixfold.train.assembly import assemble, open_checkpointer, open_stream, progress_at
+from sixfold.train.assembly import assemble, open_checkpointer, open_snapshots, open_stream, progress_at
 from sixfold.train.display import Display, open_display
 from sixfold.train.evaluator import Evaluator
 from sixfold.train.hooks import Checkpoint, Evaluate, Log, SavedExtra
 from sixfold.train.loop import Hook, Training, train
 from sixfold.train.performance import peak_flops_per_second, training_flops_per_sample
+from sixfold.train.rank import StopRequest
 from sixfold.train.run_folder import RunFolder
 
 # from glibc's malloc.h
@@ -40,27 +40,8 @@ _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 
 
-class StopRequest:
-    """Turns SIGTERM, SIGINT and SIGUSR1 into a flag that the loop reads at step boundaries."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self._request)
-
-    def _request(self, number: int, frame: object) -> None:
-        self.requested = True
-
-    def __call__(self) -> bool:
-        """Whether to save and end at the next step boundary."""
-        return self.requested
-
-
-def main(stop_requested: Callable[[], bool] | None = None) -> None:
-    """Work on the run folder named on the command line; leave any error where the launcher looks for it.
-
-    A launcher that listens for signals before this module is imported passes what it has heard as ``stop_requested``.
-    """
+def main(stop_requested: Callable[[], bool]) -> None:
+    """Work on the run folder named on the command line; leave any error where the launcher looks for it."""
     folder, rank = RunFolder(Path(sys.argv[1])), int(os.environ.get("RANK", "0"))
     _end_with_parent()
     _keep_freed_memory()
@@ -88,6 +69,7 @@ def run(folder: RunFolder, stop_requested: Callable[[], bool] | None = None) -> 
         folder=folder,
         training=assemble(recipe, world, quarantine=folder.quarantine, cache=folder.features),
         checkpointer=open_checkpointer(recipe, world, folder.checkpoints),
+        snapshots=open_snapshots(recipe, world, folder.snapshots),
     )
     status: Status = "failed"
     notes: list[str] = []
@@ -113,6 +95,7 @@ class Job:
     folder: RunFolder
     training: Training
     checkpointer: Checkpointer
+    snapshots: Checkpointer | None = None
 
     def restore(self, note: Callable[[str], None]) -> bool:
         """Take over the newest checkpoint that verifies; ``note`` hears which, and why newer ones were passed over.
@@ -183,6 +166,8 @@ class Job:
                     events.rolled_back(from_step=spent_at, to_step=self.training.progress.step)
                 continue
             self.checkpointer.wait()
+            if self.snapshots is not None:
+                self.snapshots.wait()
             checkpoint.publish()
             status: Status = "finished" if complete else "interrupted"
             saved = "" if checkpoint.newest is None else f"; newest checkpoint: {checkpoint.newest}"
@@ -199,7 +184,12 @@ class Job:
             training_flops_per_sample=training_flops_per_sample(recipe, self.training),
             peak_flops_per_second=peak_flops_per_second(world, recipe) * world.size,
         )
-        checkpoint = Checkpoint(checkpointer=self.checkpointer, log=log, every_steps=recipe.checkpoint.every_steps)
+        checkpoint = Checkpoint(
+            checkpointer=self.checkpointer,
+            log=log,
+            every_steps=recipe.checkpoint.every_steps,
+            snapshots=self.snapshots,
+        )
         if recipe.evaluation is None:
             return [log, checkpoint], checkpoint
         evaluator = Evaluator(recipe, world, self.folder.features)
@@ -209,6 +199,8 @@ class Job:
     def close(self) -> None:
         """Release everything that communicates or holds tensors, so that the job can be left cleanly."""
         self.checkpointer.close()
+        if self.snapshots is not None:
+            self.snapshots.close()
         self.training.close()
 
 
@@ -240,7 +232,3 @@ def _end_now(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-if __name__ == "__main__":
-    main()
