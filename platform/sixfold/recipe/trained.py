@@ -32,6 +32,11 @@ def resolve_networks(recipe: Recipe, *, planning: bool = False) -> NetworksConfi
     }
 
 
+def network_of_run(run: Path, role: str, step: int | None = None) -> TrainedNetwork:
+    """Return one role of a run, as a recipe that names it would get it; raises RecipeError where it has none."""
+    return _resolve("networks", TrainedConfig(run=str(run), role=role, step=step), planning=False)
+
+
 def locate_run(reference: str) -> Path:
     """Return the folder of a run named by path, run id, or ``run://<recipe>@latest``.
 
