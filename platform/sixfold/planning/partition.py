@@ -55,7 +55,7 @@ class Held:
         working: copies of them that forward uses, where it does not use the masters.
         gradients: summed until the update.
         optimizer: state of the update rule.
-        average: the moving average.
+        average: moving averages.
         buckets: buffers of fixed size through which an engine sends; under ZeRO-3 also what it keeps gathered.
         on_host: of the above, what lies in the host's memory.
     """
@@ -91,7 +91,7 @@ def held_by_rank(
     optimizer: OptimizerConfig,
     *,
     world_size: int,
-    averaged: bool,
+    averages: int,
     accumulates: bool,
     device: torch.device,
 ) -> Held:
@@ -105,14 +105,14 @@ def held_by_rank(
         shards = world_size // engine.replicate
         shard = sum(_FP32 * shard_elements(value.shape, shards) for value in shapes)
         state = sum(_FP32 * count * shard_elements(value.shape, shards) for value, count in slots)
-        return Held(parameters=shard, gradients=shard, optimizer=state, average=shard if averaged else 0)
+        return Held(parameters=shard, gradients=shard, optimizer=state, average=averages * shard)
     elements = sum(value.elements for value in shapes)
     state = sum(_FP32 * count * value.elements for value, count in slots)
     if isinstance(engine, DDPConfig):
         whole = _FP32 * elements
         gradients = 2 * whole if accumulates else whole
-        return Held(parameters=whole, gradients=gradients, optimizer=state, average=whole if averaged else 0)
-    return _held_by_zero(elements, state, engine, world_size=world_size, averaged=averaged, device=device)
+        return Held(parameters=whole, gradients=gradients, optimizer=state, average=averages * whole)
+    return _held_by_zero(elements, state, engine, world_size=world_size, averages=averages, device=device)
 
 
 def shard_elements(shape: tuple[int, ...], shards: int) -> int:
@@ -123,7 +123,7 @@ def shard_elements(shape: tuple[int, ...], shards: int) -> int:
 
 
 def _held_by_zero(
-    elements: int, state: int, engine: DeepSpeedConfig, *, world_size: int, averaged: bool, device: torch.device
+    elements: int, state: int, engine: DeepSpeedConfig, *, world_size: int, averages: int, device: torch.device
 ) -> Held:
     part = -(-elements // world_size)
     stored = working_dtype(engine, device).itemsize
@@ -135,7 +135,7 @@ def _held_by_zero(
         working=stored * (elements if stage < 3 else part),
         gradients=_FP32 * (elements if stage == 1 else part),
         optimizer=state // world_size,
-        average=_FP32 * part if averaged else 0,
+        average=averages * _FP32 * part,
         buckets=buckets * ZERO_BUCKET_ELEMENTS * bucket_dtype
         + (stored * min(elements, ZERO_REUSE_ELEMENTS) if stage == 3 else 0),
     )

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from sixfold.distributed.fake import fake_world
 from sixfold.distributed.process_group import World
 from sixfold.distributed.randomness import PositionRandom
+from sixfold.engine.averaging import kinds_of
 from sixfold.engine.base import NetworkSpecification, RoleSpecification
 from sixfold.engine.companion import Companion
 from sixfold.engine.config import ConstantScheduleConfig, EngineConfig, FSDPConfig, MuonConfig
