@@ -21,6 +21,7 @@ from sixfold.models.codec.config import CodecConfig
 from sixfold.models.network import reset_buffers
 from sixfold.models.trained.network import TrainedNetwork
 from sixfold.recipe.load import load_recipe
+from sixfold.recipe.trained import network_of_run
 from sixfold.train.codec_identity import codec_hash
 from sixfold.train.roles import checkpoint_of, read_trained
 from sixfold.train.run_folder import RunFolder
@@ -89,14 +90,7 @@ def codec_of(run: Path, step: int | None = None) -> TrainedNetwork:
         raise UserError.of(
             f"the run {recipe.name} trains no codec, but {', '.join(trained)}", where=str(run), fix="name a codec's run"
         )
-    return TrainedNetwork(
-        architecture=recipe.networks[trained[roles[0]]],
-        objective=recipe.objective,
-        run=run,
-        role=roles[0],
-        averaged=recipe.train.ema is not None,
-        step=step,
-    )
+    return network_of_run(run, roles[0], step)
 
 
 def encoder_of(job: EncodeJob, device: torch.device) -> Encode:
