@@ -121,7 +121,7 @@ def held_by_roles(
             recipe.engine_of(role),
             recipe.optimizer_of(role),
             world_size=world_size,
-            averaged=recipe.train.ema is not None,
+            averages=0 if recipe.train.ema is None else len(kinds_of(recipe.train.ema)),
             accumulates=micro_batch_of(recipe, (role,), world_size) < recipe.data.global_batch // world_size,
             device=device,
         )
