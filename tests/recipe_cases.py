@@ -21,12 +21,22 @@ from sixfold.train.loop import Training, train_step
 from sixfold.train.run_folder import RunFolder
 from sixfold.train.worker import Job
 
-RECIPES = {"lm/moe-smoke": "stdlib", "flow/dit-smoke": "digits"}
+RECIPES = {"lm/moe-smoke": "stdlib", "flow/dit-smoke": "digits", "codec/vq-smoke": "digits"}
 """The recipes under test and the demo data each trains on."""
 
 SMALLER = {
     "lm/moe-smoke": ("data.sequence_length=64",),
     "flow/dit-smoke": ("data.global_batch=64",),
+    "codec/vq-smoke": (
+        "data.global_batch=16",
+        "networks.codec.width=8",
+        "networks.codec.groups=4",
+        "networks.codec.bottleneck.codes=32",
+        "networks.discriminator.width=8",
+        "networks.discriminator.groups=4",
+        "objective.adversarial.discriminator_from_step=1",
+        "objective.adversarial.from_step=3",
+    ),
 }
 """Overrides that make a step cheap and change nothing in kind: tests take hundreds of steps."""
 
@@ -46,23 +56,29 @@ def train_recipe(config: Component, accumulation: int, name: str, data: str, ste
     """Train ``steps`` steps on the engine, from the beginning; the core of the parity matrix."""
     world = join()
     recipe = recipe_on(name, data)
-    training = assemble(with_engine(recipe, config, recipe.data.global_batch // world.size // accumulation), world)
-    losses, norms = [], []
-    for _ in range(steps):
-        loss, norm = advance(training)
-        losses.append(loss)
-        norms.append(norm)
+    local = with_engine(recipe, config, recipe.data.global_batch // world.size // accumulation)
+    training = assemble(local, world, cache=made_once(data))
+    done = [pair for _ in range(steps) for pair in advance(training)]
     close(training)
-    return Trajectory(losses=losses, grad_norms=norms)
+    return Trajectory(losses=[loss for loss, _ in done], grad_norms=[norm for _, norm in done])
 
 
-def advance(training: Training) -> tuple[float, float]:
-    """Take one step; return its global mean loss and gradient norm."""
+def made_once(data: str) -> Path:
+    """Where weights are kept that a recipe makes from its data, so that tests make them once."""
+    return Path(data) / "made-weights"
+
+
+def advance(training: Training) -> list[tuple[float, float]]:
+    """Take one step; return the global mean loss and gradient norm of each phase's roles."""
     record = train_step(training, next(training.stream))
     training.progress = record.progress
-    (report,) = record.reports.values()
-    assert not report.skipped
-    return record.metrics["loss"], report.grad_norm
+    assert not record.skipped
+    pairs = []
+    for name, report in record.reports.items():
+        phase = name.partition("/")[0]
+        loss = record.metrics["loss" if phase == "main" else f"{phase}/loss"]
+        pairs.append((loss, report.grad_norm))
+    return pairs
 
 
 def close(training: Training) -> None:
@@ -73,12 +89,13 @@ def close(training: Training) -> None:
 def train_and_save(config: Component, name: str, data: str, folder: str, *, until: int) -> list[tuple[float, float]]:
     """Resume the run in ``folder`` if it has a checkpoint, train to step ``until``, save; return losses and norms."""
     world = join()
-    recipe = with_engine(recipe_on(name, data, "train.ema_decay=0.9"), config, None)
+    recipe = with_engine(recipe_on(name, data, "train.ema={type: constant, decay: 0.9}"), config, None)
     run = RunFolder(Path(folder))
     checkpointer = open_checkpointer(recipe, world, run.checkpoints)
-    job = Job(recipe=recipe, world=world, folder=run, training=assemble(recipe, world), checkpointer=checkpointer)
+    training = assemble(recipe, world, cache=made_once(data))
+    job = Job(recipe=recipe, world=world, folder=run, training=training, checkpointer=checkpointer)
     job.restore(lambda note: None)
-    trajectory = [advance(job.training) for _ in range(until - job.training.progress.step)]
+    trajectory = [pair for _ in range(until - job.training.progress.step) for pair in advance(job.training)]
     save(job)
     job.close()
     return trajectory

@@ -17,8 +17,12 @@ from sixfold.models.codec.config import VQConfig
 from sixfold.models.network import OwnsBuffers, ParameterTag, parameter
 from sixfold.models.precision import full_precision
 
-_PRIORITY_POWER = 5.0
-"""Offers weigh u^-5 for a uniform u: of several for one code, the one with the smallest u outweighs the rest."""
+_PRIORITY_POWER = 4.0
+"""Offers weigh u^-4 for a uniform u: of several for one code, the one with the smallest u outweighs the rest."""
+
+_JITTER = 0.05
+"""How far, relative to itself, a moved code lands from its latent: blank regions offer the same latent many times, and
+between equal codes rounding would choose."""
 
 _SMALLEST_SHARE = 1e-5
 
@@ -35,15 +39,19 @@ class VectorQuantizer(OwnsBuffers):
         self.share: Tensor
         self.weighted: Tensor
         self.register_buffer("share", torch.empty(config.codes))
+        self.jitter: Tensor
         self.register_buffer("weighted", torch.empty(config.codes, config.channels))
+        self.register_buffer("jitter", torch.empty(config.codes, config.channels), persistent=False)
         self.reset_buffers()
 
     def reset_buffers(self) -> None:
         """Begin with unused codes at fixed random places: the first updates move them to latents of their batches."""
         if self.config.codebook == "ema":
-            start = torch.randn(self.weighted.shape, generator=torch.Generator().manual_seed(0))
-            self.share.fill_(self.config.revive_below / 2.0 if self.config.revive_below else 1.0)
-            self.weighted.copy_(start * self.share[:, None].cpu() if self.share.device.type != "meta" else start)
+            share = self.config.revive_below / 2.0 if self.config.revive_below else 1.0
+            generator = torch.Generator().manual_seed(0)
+            self.share.fill_(share)
+            self.weighted.copy_(share * torch.randn(self.weighted.shape, generator=generator, device="cpu"))
+            self.jitter.copy_(1.0 + _JITTER * torch.randn(self.jitter.shape, generator=generator, device="cpu"))
 
     def forward(
         self, features: Float[Tensor, "n c h w"], noise: Float[Tensor, "n c h w"] | None = None
@@ -52,14 +60,16 @@ class VectorQuantizer(OwnsBuffers):
 
         ``latents`` are the nearest vectors e, with the gradient passed straight through to the features z.
         ``commitment`` is mean |z - sg(e)|^2 and, where the codebook learns by a loss, ``codebook`` mean |sg(z) - e|^2.
-        ``features`` are z, for :func:`assignment_statistics`.
+        ``features`` are z and ``error`` ``[n, h, w]`` their squared distances, for :func:`assignment_statistics`.
         """
         with full_precision(features):
             z = features.float()
             codes = nearest(z.detach(), self.codebook().detach())
             e = self.look_up(codes)
             result = {"latents": z + (e - z).detach(), "codes": codes, "features": z.detach()}
-            result["commitment"] = (z - e.detach()).square().flatten(1).mean(1)
+            difference = z - e.detach()
+            result["commitment"] = difference.square().flatten(1).mean(1)
+            result["error"] = difference.detach().square().sum(1)
             if self.config.codebook == "loss":
                 result["codebook"] = (z.detach() - e).square().flatten(1).mean(1)
         return result
@@ -92,7 +102,7 @@ class VectorQuantizer(OwnsBuffers):
             vectors = statistics["offer_sums"] / statistics["offer_weights"].clamp(min=1e-30)[:, None]
             # an even share: a moved code is given time to win latents before it is judged again
             self.share.copy_(torch.where(dead[:, 0], torch.ones_like(self.share), self.share))
-            self.weighted.copy_(torch.where(dead, vectors, self.weighted))
+            self.weighted.copy_(torch.where(dead, vectors * self.jitter, self.weighted))
 
 
 def nearest(z: Float[Tensor, "n c h w"], vectors: Float[Tensor, "codes c"]) -> Int64[Tensor, "n h w"]:
@@ -107,6 +117,7 @@ def assignment_statistics(
     codes: Int64[Tensor, "n h w"],
     codebook_size: int,
     *,
+    error: Float[Tensor, "n h w"],
     offered_to: Int64[Tensor, "n cells"],
     priority: Float[Tensor, "n cells"],
 ) -> dict[str, Tensor]:
@@ -116,12 +127,13 @@ def assignment_statistics(
         z: latents before quantisation.
         codes: the code of each.
         codebook_size: how many codes there are.
+        error: squared distance of each latent from its code: the worse it is represented, the more its offer counts.
         offered_to: the code that each latent is offered to, drawn by the sample's position.
-        priority: uniform in (0, 1); a code that is offered several latents moves to about the one of lowest priority
-            value, which needs only sums and thus any division of the batch agrees on.
+        priority: uniform in (0, 1); of several offers the one of lowest priority nearly decides, which needs only sums
+            and thus does not depend on how the batch was divided.
     """
     cells = z.permute(0, 2, 3, 1).flatten(0, 2)
-    weights = priority.flatten() ** -_PRIORITY_POWER
+    weights = error.flatten() * priority.flatten() ** -_PRIORITY_POWER
     assigned, offered = codes.flatten(), offered_to.flatten()
     zeros = cells.new_zeros(codebook_size)
     zero_vectors = cells.new_zeros(codebook_size, cells.shape[1])

@@ -47,13 +47,13 @@ class PatchDiscriminator(Network):
         )
         self.output = Conv2d(config.widths[-1], 1, _KERNEL, padding=1)
 
-    def forward(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n rows columns"]:
+    def forward(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 1 rows columns"]:
         """Return the logit of each patch: above 0 for real."""
         x = channels_last(images)
         for layer in self.layers:
             x = layer(x)
         logits: Tensor = self.output(x)
-        return logits[:, 0].float()
+        return logits.float()
 
     def blocks(self) -> Iterator[nn.Module]:
         """The layers in order."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
-from torch.nn.functional import adaptive_avg_pool2d, cross_entropy, pad, relu
+from torch.nn.functional import adaptive_avg_pool2d, cross_entropy, pad, silu
 
 from sixfold.models.convolution import Conv2d, channels_last
 from sixfold.models.network import Linear, Network, ParameterTag, initialize, parameter_tags
@@ -25,7 +25,10 @@ def _he_normal(fan_in: int) -> ParameterTag:
 
 
 class Classifier(Network):
-    """Three convolutions, two of them halving the image, and two linear layers."""
+    """Three convolutions, two of them halving the image, and two linear layers.
+
+    Activations are smooth: a loss through thousands of kinks would not be the same on every engine.
+    """
 
     def __init__(self, config: ClassifierConfig) -> None:
         super().__init__()
@@ -43,9 +46,9 @@ class Classifier(Network):
         """Return ``map_1`` to ``map_3``, normalised over channels, and ``embedding`` ``[n, features]``."""
         features, x = {}, channels_last(images)
         for number, convolution in enumerate(self.convolutions, start=1):
-            x = relu(convolution(x))
+            x = silu(convolution(x))
             features[f"map_{number}"] = unit_normalized(x, _EPSILON)
-        return {**features, EMBEDDING: relu(self.hidden(adaptive_avg_pool2d(x, 2).flatten(1)))}
+        return {**features, EMBEDDING: silu(self.hidden(adaptive_avg_pool2d(x, 2).flatten(1)))}
 
     def logits(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n classes"]:
         """Return logits, to train it."""
