@@ -24,7 +24,13 @@ TINY = [
     "engine.precision=fp32",
 ]
 
-REFERENCE = ("train.steps=40", "checkpoint.every_steps=5", "tracking.type=mlflow", "tracking.system_metrics=false")
+STEPS = 80
+REFERENCE = (
+    f"train.steps={STEPS}",
+    "checkpoint.every_steps=5",
+    "tracking.type=mlflow",
+    "tracking.system_metrics=false",
+)
 """What the fixture `reference` trains; submitted elsewhere it must train the same."""
 
 

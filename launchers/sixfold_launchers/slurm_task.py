@@ -9,21 +9,19 @@ from __future__ import annotations
 import itertools
 import os
 import re
-import signal
 import socket
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
+from sixfold.train.rank import StopRequest
 from sixfold_launchers.contract import leave_outcome, port_of
 
 
 def main() -> None:
     """Work as one rank on the run folder named on the command line."""
-    heard: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGUSR1):  # before torch is imported, which takes seconds
-        signal.signal(number, lambda number, _: heard.append(number))
+    stop_requested = StopRequest()
     folder, secrets = Path(sys.argv[1]), sys.argv[3:]
     os.environ.update(rank_variables(os.environ))
 
@@ -46,7 +44,7 @@ def main() -> None:
                 raise
             RunFolder(folder).leave_error(rank, str(known))
             sys.exit(f"rank {rank}: {known}")
-        worker.main(lambda: bool(heard))
+        worker.main(stop_requested)
         status = last_status(folder)
         if rank == 0 and status is not None:
             leave_outcome(folder, status)

@@ -4,6 +4,7 @@ import signal
 
 from cluster_jobs import (
     REFERENCE,
+    STEPS,
     Frozen,
     attempts,
     logged_steps,
@@ -13,8 +14,6 @@ from cluster_jobs import (
     wait_for,
 )
 from tracked_run import Stored
-
-STEPS = 40
 
 
 def mirrored(run, workplace):
@@ -45,7 +44,7 @@ def test_slurm_trains_what_this_machine_trains(slurm_cluster, submit, reference,
 
 def preempt(slurm_cluster, job):
     """Let a job of another partition take the nodes, and have Slurm give them back at once."""
-    job.wait_for_step(max(losses(job.run)) + 3)
+    job.wait_for_step(max(losses(job.run), default=0) + 3)
     with Frozen(job) as ranks:
         before = max(losses(job.run))
         urgent = slurm_cluster(
@@ -72,7 +71,7 @@ def test_killed_preempted_and_stranded_a_run_ends_the_same(slurm_cluster, submit
         wait_for(lambda: len(attempts(job.run)) == turn, "the preempted run did not go on", 240, job)  # noqa: B023  # called before the next turn
         assert attempts(job.run)[-1] > attempts(job.run)[-2], "it resumed where it had saved"
 
-    job.wait_for_step(max(losses(job.run)) + 3)
+    job.wait_for_step(max(losses(job.run), default=0) + 3)
     second = slurm_cluster("scontrol", "show", "hostnames", slurm_cluster.field(job.cluster_id, "NodeList")).split()[1]
     slurm_cluster.kill_node(second)
     wait_for(lambda: slurm_cluster.start_now(job.cluster_id), "the job outlived its node, unqueued", 240, job)

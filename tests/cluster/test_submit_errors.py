@@ -40,7 +40,10 @@ def refuse(text, workplace):
     [
         (
             "partition=gup",
-            ["Invalid partition", "allowed: main (4 nodes with 8 CPUs, 4096 MiB, gpu:2; limit infinite)"],
+            [
+                "invalid partition specified: gup",
+                "main (4 nodes with 8 CPUs, 4096 MiB, gpu:2; limit infinite)",
+            ],
         ),
         ("gpus_per_node=16", ["node configuration is not available", "gpu:2", "--with gpus_per_node=N"]),
         ("nodes=40", ["node configuration is not available"]),
