@@ -18,6 +18,7 @@ import accelerate
 import torch
 import torch._dynamo
 
+from sixfold.recipe.load import load_recipe
 from sixfold.tracking.events import read_metrics
 from sixfold.train import rank as entry
 from sixfold.train import worker
@@ -132,6 +133,9 @@ def main(folder: Path, trials: int) -> None:
     torch.set_num_threads(1)
     chance = random.Random(int.from_bytes(os.urandom(4), "little"))
     preempted, undisturbed = folder / "preempted", folder / "undisturbed"
+    recipe = load_recipe(preempted / "recipe.yaml").recipe
+    for component in (recipe.objective, recipe.engine, *recipe.networks.values()):
+        component.load()  # its modules are imported here, once
     seconds = [trial(preempted, number, chance) for number in range(trials)]
     ranks, until = Ranks(undisturbed), newest_loss(preempted)
     wait_for_steps(undisturbed, until)

@@ -36,6 +36,13 @@ class TrainConfig(Config):
         default=10, ge=1, description="Optimizer steps between two lines of the event log and the tracker."
     )
 
+    hang_after_s: float | None = Field(
+        default=None,
+        gt=0.0,
+        description="Seconds without a finished step (evaluation and saving included) after which ranks leave their "
+        "stacks and end, so that the launcher restarts them; null: half an hour, or 100 median steps if that is more.",
+    )
+
     @model_validator(mode="before")
     @classmethod
     def _spell_out_decay(cls, values: Any) -> Any:

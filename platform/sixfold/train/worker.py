@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ from sixfold.tracking.tracker import open_tracker
 from sixfold.train.assembly import assemble, open_checkpointer, open_snapshots, open_stream, progress_at
 from sixfold.train.display import Display, open_display
 from sixfold.train.evaluator import Evaluator
+from sixfold.train.health import HangDetector
 from sixfold.train.hooks import Checkpoint, Evaluate, Log, SavedExtra
 from sixfold.train.loop import Hook, Training, train
 from sixfold.train.performance import peak_flops_per_second, training_flops_per_sample
@@ -152,6 +153,17 @@ class Job:
     def train(self, events: EventLog | None, display: Display, stop_requested: Callable[[], bool]) -> Status:
         """Train; when the budget of skipped steps is spent, go back once to the last good checkpoint, then give up."""
         hooks, checkpoint = self._hooks(events, display)
+        with HangDetector(self.folder, self.world.rank, self.recipe.train.hang_after_s) as detector:
+            return self._train([*hooks, detector], checkpoint, events, display, stop_requested)
+
+    def _train(
+        self,
+        hooks: Sequence[Hook],
+        checkpoint: Checkpoint,
+        events: EventLog | None,
+        display: Display,
+        stop_requested: Callable[[], bool],
+    ) -> Status:
         rolled_back = False
         while True:
             try:
