@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import struct
-import threading
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -14,14 +13,12 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
+from sixfold_data.png import DamagedPng, decode_plain_pngs
 from sixfold_data.tokenizers import STORAGE_DTYPES
 
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 
-_MAX_PLAIN_PIXELS = 1 << 26  # damaged headers claim any size; what is larger goes to Pillow's own check
 _MODES = {1: "L", 3: "RGB"}
-_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_PNG_COLOUR_TYPES = {0: "L", 2: "RGB"}
 
 
 class UndecodableError(Exception):
@@ -65,8 +62,34 @@ def decode_image(content: bytes, *, channels: int | None = None, size: int | Non
     Raises:
         UndecodableError: the bytes are not an image.
     """
+    (decoded,) = decode_images([content], channels=channels, size=size)
+    if isinstance(decoded, UndecodableError):
+        raise decoded
+    return decoded
+
+
+def decode_images(
+    contents: Sequence[bytes], *, channels: int | None = None, size: int | None = None
+) -> list[UInt8[np.ndarray, "h w c"] | UndecodableError]:
+    """Decode like :func:`decode_image`, small PNGs together, with an error in the place of each damaged file."""
+    decoded: list[np.ndarray | UndecodableError] = []
+    for content, plain in zip(contents, decode_plain_pngs(contents), strict=True):
+        if isinstance(plain, DamagedPng):
+            decoded.append(UndecodableError(f"cannot decode the image: {plain}"))
+        elif (
+            plain is not None
+            and channels in (None, plain.shape[2])
+            and (size is None or plain.shape[:2] == (size, size))
+        ):
+            decoded.append(plain)
+        else:
+            decoded.append(_decode_by_pillow(content, channels, size))
+    return decoded
+
+
+def _decode_by_pillow(content: bytes, channels: int | None, size: int | None) -> np.ndarray | UndecodableError:
     try:
-        image = _open_plain_png(content) or Image.open(io.BytesIO(content))
+        image: Image.Image = Image.open(io.BytesIO(content))
         mode = _MODES[channels] if channels else ("L" if image.mode in ("1", "L", "LA") else "RGB")
         if image.mode != mode:
             image = image.convert(mode)
@@ -75,52 +98,8 @@ def decode_image(content: bytes, *, channels: int | None = None, size: int | Non
         pixels = np.frombuffer(image.tobytes(), dtype=np.uint8)
     # Pillow reports damage by one of these, according to the format and the place of the damage.
     except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
-        raise UndecodableError(f"cannot decode the image: {error}") from error
+        return UndecodableError(f"cannot decode the image: {error}")
     return pixels.reshape(image.height, image.width, len(mode) if mode == "RGB" else 1)
-
-
-class _Canvas(threading.local):
-    """An image that is decoded into over and over, since making one costs as much as reading it; one a thread."""
-
-    def __init__(self) -> None:
-        self._image = Image.new("L", (1, 1))
-
-    def of(self, mode: str, size: tuple[int, int]) -> Image.Image:
-        """Return the canvas, a new one where mode or size differ from the last."""
-        if self._image.mode != mode or self._image.size != size:
-            self._image = Image.new(mode, size)
-        return self._image
-
-
-_canvas = _Canvas()
-
-
-def _open_plain_png(content: bytes) -> Image.Image | None:
-    """Decode an 8-bit grey or RGB PNG without interlace by its pixel data alone; None for any other file.
-
-    For small images Pillow's general reader spends most of its time around the pixels: this halves it at 32x32.
-    The image is this thread's canvas, valid until the next call.
-    """
-    if content[:8] != _PNG_SIGNATURE or content[12:16] != b"IHDR":
-        return None
-    width, height, depth, colour, _, _, interlace = struct.unpack_from(">IIBBBBB", content, 16)
-    mode = _PNG_COLOUR_TYPES.get(colour)
-    if mode is None or depth != 8 or interlace or not 0 < width * height <= _MAX_PLAIN_PIXELS:
-        return None
-    compressed = []
-    place = 33
-    while place + 8 <= len(content):
-        length, kind = struct.unpack_from(">I4s", content, place)
-        if kind == b"IDAT":
-            compressed.append(content[place + 8 : place + 8 + length])
-        elif kind == b"IEND":
-            canvas = _canvas.of(mode, (width, height))
-            canvas.frombytes(b"".join(compressed), "zip", mode)
-            return canvas
-        elif kind == b"tRNS":
-            return None
-        place += 12 + length
-    raise UndecodableError("the image is truncated")
 
 
 def _centre_square(image: Image.Image, size: int) -> Image.Image:

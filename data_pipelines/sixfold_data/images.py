@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sixfold.errors import DataError
 from sixfold_data.config import DataConfig
-from sixfold_data.decode import IMAGE_EXTENSIONS, UndecodableError, decode_image, to_unit_range
+from sixfold_data.decode import IMAGE_EXTENSIONS, UndecodableError, decode_images, to_unit_range
 from sixfold_data.index import Manifest
 from sixfold_data.members import MemberReader, Row, Unreadable, epoch_order
 from sixfold_data.order import EpochOrder, Places
@@ -67,31 +67,30 @@ class ImageSource:
         self._members.prefetch(places.sample)
 
     def _decoded(self, samples: np.ndarray) -> list[Row | Unreadable]:
+        numbers = samples.tolist()
         images = self._members.read(IMAGE_EXTENSIONS, samples)
-        if self._tokenizer is None:
-            return [self._decode_one(sample, image) for sample, image in zip(samples.tolist(), images, strict=True)]
-        texts = self._members.read(("txt",), samples)
-        return [
-            self._decode_one(sample, image, text)
-            for sample, image, text in zip(samples.tolist(), images, texts, strict=True)
-        ]
+        texts = [None] * len(numbers) if self._tokenizer is None else self._members.read(("txt",), samples)
+        readable = [image for image in images if not isinstance(image, Unreadable)]
+        pixels = iter(decode_images(readable, channels=self._shape[2], size=self._resize))
+        decoded = [image if isinstance(image, Unreadable) else next(pixels) for image in images]
+        return [self._row(sample, image, text) for sample, image, text in zip(numbers, decoded, texts, strict=True)]
 
-    def _decode_one(
-        self, sample: int, image: bytes | Unreadable, text: bytes | Unreadable | None = None
+    def _row(
+        self, sample: int, pixels: np.ndarray | UndecodableError | Unreadable, text: bytes | Unreadable | None
     ) -> Row | Unreadable:
-        if isinstance(image, Unreadable):
-            return image
+        if isinstance(pixels, Unreadable):
+            return pixels
         if isinstance(text, Unreadable):
             return text
-        try:
-            pixels = decode_image(image, channels=self._shape[2], size=self._resize)
-            caption = () if text is None else (self._caption(text),)
-        except (UndecodableError, UnicodeDecodeError) as error:
-            return self._members.unreadable(sample, str(error))
+        if isinstance(pixels, UndecodableError):
+            return self._members.unreadable(sample, str(pixels))
         if pixels.shape != self._shape:
             found, expected = ("x".join(map(str, shape)) for shape in (pixels.shape, self._shape))
             return self._members.unreadable(sample, f"the image is {found}, not {expected}")
-        return (pixels, *caption)
+        try:
+            return (pixels,) if text is None else (pixels, self._caption(text))
+        except UnicodeDecodeError as error:
+            return self._members.unreadable(sample, str(error))
 
     def _caption(self, text: bytes) -> np.ndarray:
         assert self._tokenizer is not None
