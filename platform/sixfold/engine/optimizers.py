@@ -176,7 +176,7 @@ class Muon:
         lr = factor * self._config.lr * tag.lr_scale
         rows, columns = update.shape[-2:]
         local = value.to_local() if isinstance(value, DTensor) else value
-        if tag.weight_decay:
+        if tag.weight_decay and self._config.weight_decay:
             local.mul_(1.0 - lr * self._config.weight_decay)
         local.add_(_part_to_apply(update, value), alpha=-lr * max(1.0, rows / columns) ** 0.5)
 
