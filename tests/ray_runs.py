@@ -92,7 +92,7 @@ class Held:
                 process.send_signal(signal.SIGCONT)
 
 
-def wait_for_attempt(job: Job, number, step=1, timeout=120):
+def wait_for_attempt(job: Job, number, step=1, timeout=300):
     """Wait until a run was started or resumed so many times, and has taken ``step`` steps since."""
 
     def reached():

@@ -33,7 +33,7 @@ HOST = "127.0.0.1"  # of the dashboard; nodes have loopback addresses of their o
 MARK = "SIXFOLD_RAY_CLUSTER"
 """The variable that every process of a cluster inherits; its value is the cluster's mark."""
 
-READY_TIMEOUT_S = 120.0
+READY_TIMEOUT_S = 240.0
 _STOP_TIMEOUT_S = 5.0
 _OBJECT_STORE_BYTES = 96 << 20  # Ray Train moves functions and reports through it, training data never
 # Loopback answers at once: a node that is silent for two seconds is dead, where Ray's defaults wait half a minute.
@@ -78,6 +78,7 @@ class RayCluster:
         client_port: where Ray's remote client would be served; given so that clusters do not meet at the default.
         cpus_per_node: CPUs that each node offers to Ray; a number for scheduling, which needs no such cores.
         nodes: the head, then the others.
+        started: how many nodes were ever started, dead ones too.
     """
 
     folder: str
@@ -88,6 +89,7 @@ class RayCluster:
     client_port: int
     cpus_per_node: int
     nodes: tuple[RayNode, ...] = ()
+    started: int = 0
 
     @property
     def address(self) -> str:
@@ -132,8 +134,23 @@ def up(folder: Path, *, nodes: int, cpus_per_node: int = 2, timeout_s: float = R
         UserError: a running cluster has more nodes than asked for.
     """
     _check_installed()
+    deadline_s = time.monotonic() + timeout_s
+    while True:
+        cluster = _complete(folder, nodes, cpus_per_node, deadline_s)
+        try:
+            wait_until_ready(cluster, nodes=nodes, timeout_s=deadline_s - time.monotonic())
+        except EnvironmentFault:
+            # Ray gives a raylet half a minute to come up, which a busy machine may exceed: dead nodes are replaced.
+            if all(node.is_running for node in cluster.nodes) or time.monotonic() > deadline_s:
+                raise
+            continue
+        return cluster
+
+
+def _complete(folder: Path, nodes: int, cpus_per_node: int, deadline_s: float) -> RayCluster:
+    """Start what is missing of a cluster; all of it if the head is."""
     cluster = find(folder)
-    if cluster is not None and not cluster.nodes[0].is_running:
+    if cluster is not None and not (cluster.nodes and cluster.nodes[0].is_running):
         down(folder)
         cluster = None
     if cluster is None:
@@ -146,24 +163,19 @@ def up(folder: Path, *, nodes: int, cpus_per_node: int = 2, timeout_s: float = R
             fix="run `sixfold ray down` first, or ask for as many as there are",
         )
     cluster = _record(replace(cluster, nodes=alive))
-    deadline_s = time.monotonic() + timeout_s
     while len(cluster.nodes) < nodes:
         cluster = add_node(cluster)
-        while (
-            cluster.nodes[0].is_running
-            and not _listens(cluster.nodes[0], cluster.port)
-            and time.monotonic() < deadline_s
-        ):
+        while cluster.nodes[0].is_running and not _listens(cluster.nodes[0], cluster.port):
+            if time.monotonic() > deadline_s:
+                break
             time.sleep(0.1)
-    wait_until_ready(cluster, nodes=nodes, timeout_s=timeout_s)
     return cluster
 
 
 def add_node(cluster: RayCluster) -> RayCluster:
     """Start one more node, the head if it is the first, and return the cluster with it; it joins within seconds."""
-    number = 1 + max((node.number for node in cluster.nodes), default=-1)
     (agent_port,) = _free_ports(1)
-    node = RayNode(number=number, pid=0, started_s=0.0, agent_port=agent_port)
+    node = RayNode(number=cluster.started, pid=0, started_s=0.0, agent_port=agent_port)
     with _log_of(cluster, node).open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "ray.scripts.scripts", *node_arguments(cluster, node)],
@@ -175,7 +187,7 @@ def add_node(cluster: RayCluster) -> RayCluster:
         )
     found = _process(process.pid)
     node = replace(node, pid=process.pid, started_s=time.time() if found is None else found.create_time())
-    return _record(replace(cluster, nodes=(*cluster.nodes, node)))
+    return _record(replace(cluster, nodes=(*cluster.nodes, node), started=cluster.started + 1))
 
 
 def node_arguments(cluster: RayCluster, node: RayNode) -> list[str]:

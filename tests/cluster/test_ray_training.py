@@ -17,8 +17,15 @@ from sixfold.errors import EnvironmentFault
 from sixfold_launchers import ray_cluster
 from sixfold_launchers.ray_server import RayServer
 
-TRAIN = (f"train.steps={STEPS}", "checkpoint.every_steps=5", "tracking.type=mlflow", "tracking.system_metrics=false")
+TRAIN = (
+    *TWELVE_LANES,
+    f"train.steps={STEPS}",
+    "checkpoint.every_steps=5",
+    "tracking.type=mlflow",
+    "tracking.system_metrics=false",
+)
 HERE = ("snapshot.policy=installed",)
+PATIENCE_S = 300  # a job takes half a minute on a quiet machine
 SECRET = "correct-horse-battery-staple"
 
 
@@ -39,19 +46,19 @@ def nodes(book):
 
 @pytest.fixture(scope="module")
 def submit_to_ray(submit, nodes):
-    def submit_to_ray(minimum, maximum, *arguments, settings=()):
+    def submit_to_ray(minimum, maximum, settings=()):
         ranks = (f"ranks.minimum={minimum}", f"ranks.maximum={maximum}", "placement=SPREAD", "grow_interval_s=0.5")
-        return submit("ray", *TRAIN, *arguments, settings=(*HERE, *ranks, *settings))
+        return submit("ray", *TRAIN, settings=(*HERE, *ranks, *settings))
 
     return submit_to_ray
 
 
 @pytest.fixture(scope="module")
-def on_twelve_lanes(submit):
-    """The undisturbed run that elastic ones are held to."""
-    job = submit("local", *TRAIN, *TWELVE_LANES, settings=("ranks=2",))
-    job.wait_until_finished()
-    return losses(job.run)
+def here(submit):
+    """The undisturbed run that all others are held to: two ranks of this machine."""
+    job = submit("local", *TRAIN, settings=(*HERE, "ranks=2"))
+    job.wait_until_finished(PATIENCE_S)
+    return job
 
 
 def mlflow_shape(job, directory):
@@ -67,20 +74,20 @@ def mlflow_shape(job, directory):
 
 
 def test_same_losses_and_records_as_locally_and_no_secret_anywhere(
-    nodes, submit_to_ray, reference, workplace, tmp_path_factory
+    nodes, submit_to_ray, here, workplace, tmp_path_factory
 ):
     secrets = tmp_path_factory.mktemp("secrets")
     (secrets / "STORE_PASSWORD").write_text(SECRET)
     (secrets / "STORE_PASSWORD").chmod(0o600)
     job = submit_to_ray(2, 2, settings=("secrets=[STORE_PASSWORD]", f"secrets_folder={secrets}"))
-    job.wait_for_step(5)
+    job.wait_for_step(5, PATIENCE_S)
     (rank, _) = nodes.ranks()
     assert f"STORE_PASSWORD={SECRET}".encode() not in Path(f"/proc/{rank.pid}/environ").read_bytes()
-    job.wait_until_finished()
+    job.wait_until_finished(PATIENCE_S)
 
-    assert losses(job.run) == pytest.approx(losses(reference.run), rel=1e-5)
+    assert losses(job.run) == pytest.approx(losses(here.run), rel=1e-5)
     (names, params, points), (local_names, local_params, local_points) = (
-        mlflow_shape(each, workplace) for each in (job, reference)
+        mlflow_shape(each, workplace) for each in (job, here)
     )
     assert params == local_params
     assert points == local_points
@@ -93,26 +100,26 @@ def test_same_losses_and_records_as_locally_and_no_secret_anywhere(
         assert found.stdout == ""
 
 
-def test_killed_rank_and_killed_driver_change_nothing(nodes, submit_to_ray, reference):
+def test_killed_rank_and_killed_driver_change_nothing(nodes, submit_to_ray, here):
     job = submit_to_ray(2, 2)
-    job.wait_for_step(7)
+    job.wait_for_step(7, PATIENCE_S)
     os.kill(nodes.ranks()[1].pid, signal.SIGKILL)
     wait_for_attempt(job, 2, step=4)
     (driver,) = nodes.drivers()
     os.kill(driver.pid, signal.SIGKILL)
     wait_for_attempt(job, 3)
-    job.wait_until_finished()
+    job.wait_until_finished(PATIENCE_S)
 
-    assert losses(job.run) == losses(reference.run)  # two ranks of one machine and of two nodes compute alike
+    assert losses(job.run) == losses(here.run)  # two ranks of one machine and of two nodes compute alike
     assert len(attempts(job.run)) == 3
     assert logged_steps(job.run) == list(range(1, STEPS + 1))
     wait_for(lambda: not nodes.ranks() + nodes.drivers(), "ranks outlive their job", 30, job)
 
 
-def test_ranks_follow_the_cluster(nodes, submit_to_ray, on_twelve_lanes):
+def test_ranks_follow_the_cluster(nodes, submit_to_ray, here):
     nodes.bring_up(4)
-    job = submit_to_ray(2, 4, *TWELVE_LANES)
-    job.wait_for_step(6)
+    job = submit_to_ray(2, 4)
+    job.wait_for_step(6, PATIENCE_S)
     assert len(nodes.ranks()) == 4
     nodes.kill(nodes.node_of(nodes.ranks()[-1]))
     wait_for_attempt(job, 2, step=3)
@@ -133,23 +140,23 @@ def test_ranks_follow_the_cluster(nodes, submit_to_ray, on_twelve_lanes):
     wait_for_attempt(job, 4)
     assert len(nodes.ranks()) == 3
     assert attempts(job.run)[3] >= before
-    job.wait_until_finished()
+    job.wait_until_finished(PATIENCE_S)
 
-    assert losses(job.run) == pytest.approx(on_twelve_lanes, rel=1e-5)
+    assert losses(job.run) == pytest.approx(losses(here.run), rel=1e-5)
     assert logged_steps(job.run) == list(range(1, STEPS + 1))
 
 
-def test_a_cancelled_job_has_saved_and_goes_on_when_requeued(nodes, submit_to_ray, reference):
+def test_a_cancelled_job_has_saved_and_goes_on_when_requeued(nodes, submit_to_ray, here):
     job = submit_to_ray(2, 2)
-    job.wait_for_step(7)
+    job.wait_for_step(7, PATIENCE_S)
     sixfold("jobs", "cancel", job.id)
     assert job.state() == "cancelled"
     stopped_after = max(losses(job.run))
     assert stopped_after < STEPS
     sixfold("jobs", "requeue", job.id)
-    job.wait_until_finished()
+    job.wait_until_finished(PATIENCE_S)
     assert attempts(job.run)[1] == stopped_after
-    assert losses(job.run) == losses(reference.run)
+    assert losses(job.run) == losses(here.run)
 
 
 def test_the_cluster_is_this_users_alone(nodes):
