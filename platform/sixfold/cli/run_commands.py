@@ -40,14 +40,20 @@ def run(
     dry_run: Annotated[bool, typer.Option(help="Rehearse on a fake process group of --world-size ranks.")] = False,
     world_size: Annotated[int, typer.Option(min=1, help="Ranks of the rehearsal.")] = 512,
 ) -> None:
-    """Train a recipe on this machine.
+    """Train a recipe, or run a pipeline's stages, on this machine.
 
     Example: sixfold run flow/dit-smoke train.steps=200 --nproc 2
     """
     from sixfold.errors import UserError
+    from sixfold.pipeline.load import is_pipeline
+    from sixfold.recipe.catalogue import find_recipe
     from sixfold.recipe.checks import check_recipe
     from sixfold.recipe.load import load_recipe
 
+    source = find_recipe(recipe)
+    if is_pipeline(source):
+        _run_pipeline(source, overrides or [], run_dir, dry_run=dry_run)
+        return
     if resume not in ("auto", "never"):
         raise UserError.of(f"--resume is {resume!r}", allowed="auto, never")
     loaded = load_recipe(recipe, overrides or [])
@@ -76,6 +82,24 @@ def run(
         raise typer.Exit(1)
 
 
+def _run_pipeline(source: Path, overrides: list[str], run_dir: Path | None, *, dry_run: bool) -> None:
+    """Run a pipeline's stages in turn; its folder is ``runs/<name>`` by default, so that running again goes on."""
+    from sixfold.pipeline.load import load_pipeline
+    from sixfold.pipeline.runner import plan, run_pipeline
+    from sixfold.tracking.runs import RUNS
+
+    pipeline = load_pipeline(source, overrides)
+    root = run_dir if run_dir is not None else RUNS / pipeline.name
+    if dry_run:
+        for stage in plan(pipeline, root):
+            typer.echo(f"{stage.name}: {'finished, in' if stage.finished else 'would make'} {stage.folder}")
+            typer.echo(f"  sixfold {' '.join(stage.command)}")
+        return
+    code = run_pipeline(pipeline, root, typer.echo)
+    if code:
+        raise typer.Exit(code)
+
+
 def _rehearse(recipe: Recipe, world_size: int) -> None:
     from sixfold.cli.screen import print_table
     from sixfold.train.rehearsal import rehearse_recipe
@@ -100,19 +124,41 @@ def sample(
     n: Annotated[int, typer.Option("--n", min=1, help="How many samples.")] = 16,
     seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
     steps: Annotated[int | None, typer.Option(min=1, help="Solver steps, or new tokens.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="Another type of sampler, such as dpm_solver.")] = None,
+    guidance: Annotated[
+        str | None, typer.Option(metavar="[TYPE:]SCALE", help="none, a scale, a type, or both: cfg_zero:2.")
+    ] = None,
+    label: Annotated[
+        str | None, typer.Option("--class", "--label", help="Class to draw, by number or name; by default all in turn.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="Text that samples continue, or show.")] = None,
+    grid: Annotated[bool, typer.Option("--grid", help="Write the picture grid alone, not every sample.")] = False,
     out: Annotated[Path | None, typer.Option(help="Folder to write to; by default samples/ in the run folder.")] = None,
-    label: Annotated[int | None, typer.Option(min=0, help="Class to draw; by default all in turn.")] = None,
-    prompt: Annotated[str | None, typer.Option(help="Text that samples continue.")] = None,
+    shards: Annotated[
+        Path | None, typer.Option(help="Write a data set of shards to this new folder, instead of single files.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Draw samples from a run's newest checkpoint, on its averaged weights where there are any.
 
-    Example: sixfold sample runs/smoke/dit --n 40 --steps 50 --out pictures
+    Example: sixfold sample runs/smoke/dit --n 40 --sampler dpm_solver --steps 20 --guidance 2 --out pictures
     """
     from sixfold.tracking.runs import find_run
-    from sixfold.train.inference import sample_run
+    from sixfold.train.sampling import SampleOptions, sample_run
 
-    written = sample_run(find_run(run), count=n, seed=seed, steps=steps, out=out, label=label, prompt=prompt)
+    options = SampleOptions(
+        count=n,
+        seed=seed,
+        steps=steps,
+        sampler=sampler,
+        guidance=guidance,
+        label=label,
+        prompt=prompt,
+        grid_only=grid,
+        out=out,
+        shards=shards,
+    )
+    written = sample_run(find_run(run), options)
     if as_json:
         typer.echo(json.dumps({"files": [str(path) for path in written.files], "step": written.step}))
         return

@@ -46,6 +46,12 @@ def summarise(entry: CatalogueEntry) -> dict[str, str]:
     except RecipeError as error:
         values = {"description": f"cannot be read: {error.faults[0].what}"}
     networks = values.get("networks")
+    stages = values.get("stages")
+    if isinstance(stages, dict):
+        described = {"objective": "pipeline", "networks": " > ".join(stages), "engine": ""}
+        return {"name": entry.name, "path": display_path(entry.path), **described} | {
+            "description": str(values.get("description", ""))
+        }
     return {
         "name": entry.name,
         "path": display_path(entry.path),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from sixfold.objectives.contract import Networks
 from sixfold.objectives.distillation.consistency import GUIDANCE
@@ -45,7 +45,7 @@ class FewStepSampler(DenoisingSampler):
 
     def beliefs(self, nets: Networks, request: SampleRequest) -> PredictEndpoints:
         """Return the student's beliefs; numbers that it is conditioned on besides the time are added here."""
-        student: Any = self._told(nets["denoiser"], self._knots(request.steps))
+        student = _Told(self, nets["denoiser"], self._knots(request.steps))
         return super().beliefs({**nets, "denoiser": student}, request)
 
     def _knots(self, steps: int | None) -> Knots:
@@ -53,17 +53,22 @@ class FewStepSampler(DenoisingSampler):
             return self.knots(steps)
         return knots_at(self.path, torch.tensor(self.config.times, dtype=torch.float64))
 
-    def _told(self, network: Any, knots: Knots) -> Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]:
-        ends = torch.tensor([self.path.time_data, *reversed(knots.times)], dtype=torch.float64)
 
-        def asked(x: Tensor, time: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
-            told = dict(condition)
-            if self.told_interval:
-                below = torch.searchsorted(ends.to(time), time.contiguous()) - 1
-                told[INTERVAL] = time - ends.to(time)[below.clamp(min=0)]
-            if self.config.told_guidance is not None:
-                told[GUIDANCE] = torch.full_like(time, self.config.told_guidance)
-            value: Tensor = network(x, time, told)
-            return value
+class _Told(nn.Module):
+    """The student with the numbers that it is conditioned on besides the time: how far a jump goes, which guidance."""
 
-        return asked
+    def __init__(self, sampler: FewStepSampler, network: nn.Module, knots: Knots) -> None:
+        super().__init__()
+        self.sampler, self.network = sampler, network
+        self.ends = torch.tensor([sampler.path.time_data, *reversed(knots.times)], dtype=torch.float64)
+
+    def forward(self, x: Tensor, time: Float[Tensor, " n"], condition: Mapping[str, Tensor]) -> Tensor:
+        """Call the student."""
+        told = dict(condition)
+        if self.sampler.told_interval:
+            ends = self.ends.to(time)
+            told[INTERVAL] = time - ends[(torch.searchsorted(ends, time.contiguous()) - 1).clamp(min=0)]
+        if self.sampler.config.told_guidance is not None:
+            told[GUIDANCE] = torch.full_like(time, self.sampler.config.told_guidance)
+        value: Tensor = self.network(x, time, told)
+        return value

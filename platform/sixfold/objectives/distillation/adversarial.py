@@ -20,6 +20,10 @@ from sixfold.paths.predictions import Endpoints
 from sixfold.paths.times import time_at_quantile
 
 
+EMBEDDING = "embedding"
+"""Which of a feature network's outputs the heads read."""
+
+
 class AdversarialDistillation(FewStepObjective):
     """Discriminator: relu(1 - D(real)) + relu(1 + D(fake)). Student: -D(fake) + weight |x - teacher(x noised)|^2."""
 
@@ -74,7 +78,7 @@ class AdversarialDistillation(FewStepObjective):
         """Return the heads' logits, on the features of re-noised latents or of the images themselves."""
         assert self.teacher is not None
         if self.config.features is not None:
-            features = nets["features"](images)
+            features = (nets["features"](images)[EMBEDDING],)
         else:
             time = time_at_quantile(self.config.time, self.teacher.path, random.uniform("distillation/verdict/time"))
             at = self.teacher.path.coefficients(time)

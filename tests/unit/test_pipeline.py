@@ -1,0 +1,92 @@
+"""Pipelines: what is run again, what is not, and what a changed input changes; with real stages, made small."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from sixfold.errors import RecipeError
+from sixfold.pipeline.load import is_pipeline, load_pipeline
+from sixfold.pipeline.runner import plan, run_pipeline
+
+TWO_STAGES = """
+name: two
+tracking: {type: jsonl}
+stages:
+  digits: {type: command, command: [data, demo, digits, --out, "{here}"]}
+  model:
+    type: train
+    recipe: flow/dit-smoke
+    settings:
+      data.path: "{digits}"
+      train.steps: 2
+      evaluation: null
+      tracking: {type: jsonl}
+      networks.denoiser.depth: 1
+"""
+
+
+@pytest.fixture
+def pipeline(tmp_path):
+    (tmp_path / "two.yaml").write_text(TWO_STAGES)
+    return tmp_path / "two.yaml"
+
+
+def test_finished_stages_are_not_run_again(pipeline, tmp_path):
+    said = []
+    assert run_pipeline(load_pipeline(pipeline), tmp_path / "out", said.append) == 0
+    stages = plan(load_pipeline(pipeline), tmp_path / "out")
+    assert all(stage.finished for stage in stages)
+    assert json.loads(stages[1].record.read_text())["inputs"] == {"digits": stages[0].key}
+    events = stages[1].folder / "events.jsonl"
+    written = events.read_bytes()
+    said.clear()
+    assert run_pipeline(load_pipeline(pipeline), tmp_path / "out", said.append) == 0
+    assert [line.count("finished before") for line in said] == [1, 1]
+    assert events.read_bytes() == written
+
+    changed = plan(load_pipeline(pipeline, ["stages.model.settings.train.steps=3"]), tmp_path / "out")
+    assert changed[0].finished
+    assert not changed[1].finished
+    assert changed[1].folder != stages[1].folder
+
+
+def test_an_input_that_changes_changes_all_that_follows(pipeline, tmp_path):
+    before = plan(load_pipeline(pipeline), tmp_path)
+    after = plan(load_pipeline(pipeline, ["stages.digits.command.2=stdlib"]), tmp_path)
+    assert all(a.key != b.key for a, b in zip(before, after, strict=True))
+    again = plan(load_pipeline(pipeline), tmp_path / "elsewhere")
+    assert [stage.key for stage in again] == [stage.key for stage in before], "keys do not depend on where it is run"
+
+
+def test_a_failed_stage_stops_the_pipeline_and_goes_on_later(pipeline, tmp_path):
+    said = []
+    broken = load_pipeline(pipeline, ["stages.digits.command.2=nothing-like-it"])
+    assert run_pipeline(broken, tmp_path / "out", said.append) == 2
+    assert len(said) == 2
+    assert not plan(broken, tmp_path / "out")[0].finished
+
+
+def test_faults_name_the_stage_and_the_line(pipeline, tmp_path):
+    pipeline.write_text(TWO_STAGES.replace('"{digits}"', '"{didgits}"'))
+    with pytest.raises(RecipeError, match="stage model refers to 'didgits', which is no stage before it"):
+        load_pipeline(pipeline)
+    pipeline.write_text(TWO_STAGES.replace("train.steps: 2", "train.stepz: 2"))
+    with pytest.raises(RecipeError, match=r"stage model: .*stepz"):
+        plan(load_pipeline(pipeline), tmp_path)
+    pipeline.write_text(TWO_STAGES.replace("recipe: flow", "reciep: flow"))
+    with pytest.raises(RecipeError, match="reciep"):
+        load_pipeline(pipeline)
+
+
+def test_the_command_runs_pipelines_too(pipeline, tmp_path):
+    assert is_pipeline(pipeline)
+    done = subprocess.run(
+        [sys.executable, "-m", "sixfold.cli.main", "run", str(pipeline), "--dry-run", "--run-dir", str(tmp_path / "o")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "would make" in done.stdout
+    assert "data demo digits" in done.stdout
