@@ -191,7 +191,10 @@ class Launcher(Protocol):
         ...
 
     def logs(self, job: JobRecord, *, follow: bool) -> Iterator[str]:
-        """Yield the job's log, in pieces as they were written; with ``follow`` until the job has ended."""
+        """Yield the job's log, in pieces as they were written; with ``follow`` until it has ended or is interrupted.
+
+        Another call on the same launcher goes on where the last one stopped.
+        """
         ...
 
     def cancel(self, job: JobRecord) -> None:

@@ -40,6 +40,7 @@ class LocalLauncher:
 
     def __init__(self, profile: LocalProfile) -> None:
         self.profile = profile
+        self._read: dict[Path, int] = {}
 
     def render(self, spec: JobSpec) -> Submission:
         """The keeper's orders."""
@@ -104,7 +105,9 @@ class LocalLauncher:
 
     def logs(self, job: JobRecord, *, follow: bool) -> Iterator[str]:
         """The output of all ranks."""
-        return follow_files(job.spec.logs, "*.out", (lambda: self.status(job).state) if follow else None)
+        return follow_files(
+            job.spec.logs, "*.out", (lambda: self.status(job).state) if follow else None, read=self._read
+        )
 
     def cancel(self, job: JobRecord) -> None:
         """Have the ranks save and end."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 from sixfold.errors import Fault, UserError
 from sixfold_launchers.contract import JobRecord, JobSpec, JobStatus, State, Submission, read_outcome
@@ -26,6 +27,7 @@ class SlurmLauncher:
 
     def __init__(self, profile: SlurmProfile) -> None:
         self.profile = profile
+        self._read: dict[Path, int] = {}
 
     def render(self, spec: JobSpec) -> Submission:
         """The batch script, whole."""
@@ -55,7 +57,9 @@ class SlurmLauncher:
 
     def logs(self, job: JobRecord, *, follow: bool) -> Iterator[str]:
         """The batch jobs' output files, the ranks' output among it."""
-        return follow_files(job.spec.logs, "*.out", (lambda: job_status(job).state) if follow else None)
+        return follow_files(
+            job.spec.logs, "*.out", (lambda: job_status(job).state) if follow else None, read=self._read
+        )
 
     def cancel(self, job: JobRecord) -> None:
         """End it: ranks hear SIGTERM, and have Slurm's KillWait to save."""

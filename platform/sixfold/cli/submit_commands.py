@@ -120,9 +120,9 @@ def _follow(job: JobRecord) -> None:
     from sixfold_launchers.contract import launcher_of
     from sixfold_launchers.job_book import JobBook
 
-    book = JobBook()
+    book, launcher = JobBook(), launcher_of(job.profile)
     while True:
-        for piece in launcher_of(job.profile).logs(job, follow=True):
+        for piece in launcher.logs(job, follow=True):
             typer.echo(piece, nl=False)
         job = _now(book, [job])[0]
         if job.state != "interrupted":
