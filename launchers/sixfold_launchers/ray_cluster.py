@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
@@ -162,6 +162,8 @@ def _complete(folder: Path, nodes: int, cpus_per_node: int, deadline_s: float) -
             where=str(folder),
             fix="run `sixfold ray down` first, or ask for as many as there are",
         )
+    dead = tuple(node for node in cluster.nodes if node not in alive)
+    _end(lambda: _processes(lambda pid: os.getsid(pid) in _sessions(dead)))  # a killed raylet's agents linger
     cluster = _record(replace(cluster, nodes=alive))
     while len(cluster.nodes) < nodes:
         cluster = add_node(cluster)
@@ -233,7 +235,7 @@ def down(folder: Path) -> int:
     cluster = find(folder)
     if cluster is None:
         return 0
-    ended = _end_all(cluster)
+    ended = _end(lambda: processes_of(cluster))
     shutil.rmtree(cluster.temporary, ignore_errors=True)
     for name in ("cluster.json", "token"):
         (folder / name).unlink(missing_ok=True)
@@ -274,16 +276,29 @@ def processes_of(cluster: RayCluster) -> list[int]:
     Some of Ray's processes rename themselves, which overwrites the environment that others see: these are known by
     their session. A session's number is not given to another while it has members.
     """
-    wanted = f"{MARK}={cluster.mark}".encode()
-    sessions = {node.pid for node in cluster.nodes if node.is_running or _process(node.pid) is None}
+    wanted, sessions = f"{MARK}={cluster.mark}".encode(), _sessions(cluster.nodes)
+
+    def belongs(pid: int) -> bool:
+        marked = wanted in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        return marked or os.getsid(pid) in sessions
+
+    return _processes(belongs)
+
+
+def _sessions(nodes: Sequence[RayNode]) -> set[int]:
+    """The nodes' sessions, less those whose number another process has taken over."""
+    return {node.pid for node in nodes if node.is_running or _process(node.pid) is None}
+
+
+def _processes(belongs: Callable[[int], bool]) -> list[int]:
+    """Pids of living processes for which ``belongs`` answers yes, zombies left out."""
     found = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
         pid = int(entry.name)
         try:
-            marked = wanted in (entry / "environ").read_bytes().split(b"\0")
-            if (marked or os.getsid(pid) in sessions) and _process(pid) is not None:
+            if belongs(pid) and _process(pid) is not None:
                 found.append(pid)
         except OSError:
             continue  # it has ended, or is somebody else's
@@ -322,12 +337,12 @@ def _record(cluster: RayCluster) -> RayCluster:
     return cluster
 
 
-def _end_all(cluster: RayCluster) -> int:
-    """End all of a cluster's processes: first asked, then not; new ones may appear while old ones go."""
+def _end(find_processes: Callable[[], list[int]]) -> int:
+    """End all processes found: first asked, then not; new ones may appear while old ones go."""
     ended: set[int] = set()
     deadline_s = time.monotonic() + _STOP_TIMEOUT_S
     number = signal.SIGTERM
-    while found := processes_of(cluster):
+    while found := find_processes():
         if time.monotonic() > deadline_s:
             number = signal.SIGKILL
         for pid in found:
