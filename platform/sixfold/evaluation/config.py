@@ -37,6 +37,28 @@ class SampleMetricConfig(MetricConfig, Component):
     """What the samples must be."""
 
 
+class HeldOutMetricConfig(MetricConfig, Component):
+    """Base of metrics of held-out data that the objective does not measure itself.
+
+    Implementations are made as ``implementation(settings, objective, networks)`` from configs and called as
+    ``metric(nets, batch, random)``, on every rank, for sums like those of an objective's ``evaluate``.
+    """
+
+
+class BitsPerDimConfig(HeldOutMetricConfig):
+    """Bits per dimension of held-out images under the probability flow of a denoiser."""
+
+    implementation: ClassVar[str] = "sixfold.evaluation.likelihood:BitsPerDimMetric"
+
+    type: Literal["bits_per_dim"] = Field(
+        "bits_per_dim", description="Held-out bits a pixel and channel, by the flow's likelihood (costly)."
+    )
+    rtol: float = Field(1e-3, gt=0, le=0.1, description="Tolerated error of a solver's step, relative.")
+    atol: float = Field(1e-3, gt=0, le=0.1, description="Tolerated error of a solver's step, in units of the data.")
+    exact_dimensions: int = Field(16, ge=0, description="Up to so many dimensions the divergence is exact.")
+    probes: int = Field(1, ge=1, le=1000, description="Random directions of its estimate beyond.")
+
+
 class LossConfig(MetricConfig):
     """The objective's loss on held-out data."""
 
@@ -160,6 +182,7 @@ def _by_name(value: Any) -> Any:
 _AnyMetric = Annotated[
     LossConfig
     | BitsPerByteConfig
+    | BitsPerDimConfig
     | FrechetConfig
     | KernelInceptionConfig
     | CMMDConfig
@@ -230,6 +253,11 @@ class EvaluationConfig(Config):
         100, ge=0, description="Bootstrap resamples behind each confidence interval; 0 for no intervals."
     )
     show_samples: int = Field(40, ge=1, le=1024, description="Samples in the picture grid or text file that is logged.")
+
+    @property
+    def held_out_metrics(self) -> list[HeldOutMetricConfig]:
+        """The metrics of held-out data that the objective does not measure itself."""
+        return [metric for metric in self.metrics if isinstance(metric, HeldOutMetricConfig)]
 
     @property
     def sample_metrics(self) -> list[SampleMetricConfig]:

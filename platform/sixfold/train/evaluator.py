@@ -60,6 +60,10 @@ class Evaluator:
         self._sampler: Sampler | None = None
         if recipe.sampling is not None:
             self._sampler = recipe.sampling.load()(recipe.sampling, recipe.objective, resolve_networks(recipe))
+        self._held_out_metrics = [
+            settings.load()(settings, recipe.objective, resolve_networks(recipe))
+            for settings in self.config.held_out_metrics
+        ]
         self._images = ImagesOf(recipe, self._info, world)
         self._cache = cache if self.config.cache is None else Path(self.config.cache).expanduser()
 
@@ -92,7 +96,9 @@ class Evaluator:
             spare = len(batch.positions) == 0
             on_device = (self._held_out.first() if spare else batch).to(self._world.device)
             random = PositionRandom(self._recipe.seed + SEED_OFFSET, on_device.positions)
-            sums = objective.evaluate(networks, on_device, random)
+            sums = dict(objective.evaluate(networks, on_device, random))
+            for metric in self._held_out_metrics:
+                sums |= metric(networks, on_device, random)
             add_sums(totals, {name: value.nothing() for name, value in sums.items()} if spare else sums)
         summed = sum_over_ranks(
             {f"{name}/{part}": getattr(value, part) for name, value in totals.items() for part in ("total", "count")}
