@@ -19,6 +19,7 @@ COMMAND_MODULES = (
     "sixfold.cli.run_commands",
     "sixfold.cli.submit_commands",
     "sixfold.cli.evaluation_commands",
+    "sixfold.cli.tabulate_command",
     "sixfold.cli.plan_command",
     "sixfold.cli.compare_command",
     "sixfold.cli.data_commands",

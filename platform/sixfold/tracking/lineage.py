@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from pathlib import Path
 
 from sixfold.tracking.config import MLflowConfig
 from sixfold.tracking.mlflow import open_client
@@ -11,6 +12,8 @@ from sixfold.tracking.names import tag_value
 
 PARENT_TAG = "mlflow.parentRunId"
 STAGE_TAG = "sixfold.stage"
+_SHOWN = (".png", ".md", ".json", ".csv")
+_LARGEST_ARTIFACT_BYTES = 8 << 20
 
 
 def open_parent(config: MLflowConfig, *, name: str, known: str | None) -> str:
@@ -27,11 +30,16 @@ def open_parent(config: MLflowConfig, *, name: str, known: str | None) -> str:
     return parent
 
 
-def record_stage(config: MLflowConfig, parent: str, *, stage: str, facts: Mapping[str, str], seconds: float) -> None:
-    """Write what a finished stage was made from, and how long it took."""
+def record_stage(
+    config: MLflowConfig, parent: str, *, stage: str, facts: Mapping[str, str], seconds: float, folder: Path
+) -> None:
+    """Write what a finished stage was made from, how long it took, and the tables and pictures it made."""
     client = open_client(config.uri)
     for fact, value in facts.items():
         client.set_tag(parent, f"stage.{stage}.{fact}", tag_value(value))
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if path.suffix in _SHOWN and path.stat().st_size <= _LARGEST_ARTIFACT_BYTES:
+            client.log_artifact(parent, str(path), f"stages/{stage}")
     client.log_metric(parent, f"seconds/{stage}", seconds, timestamp=int(time.time() * 1000), step=0)
 
 

@@ -75,7 +75,7 @@ class Evaluator:
             DataError: the reference images are too few for a metric, or have features that are not finite.
             TrainingError: the samples have features that are not finite.
         """
-        return self._held_out_means(objective, networks) + self._sample_estimates(networks)
+        return self._held_out_means(objective, networks) + self.sample_estimates(networks)
 
     @torch.no_grad()
     def samples_to_show(self, networks: Networks) -> Samples | None:
@@ -119,7 +119,8 @@ class Evaluator:
             self.config, self._images, cache=self._cache, device=self._world.device, rank=self._world.rank
         )
 
-    def _sample_estimates(self, networks: Networks) -> list[Estimate]:
+    @torch.no_grad()
+    def sample_estimates(self, networks: Networks) -> list[Estimate]:
         """Draw samples, turn each into one row a view as soon as it is drawn, and estimate on rank 0."""
         if not self._metrics:
             return []
