@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 
 from sixfold.tracking.events import read_events, read_metrics
+from tracked_run import Stored
 
 RECIPE = "lm/moe-smoke"
 TINY = [
@@ -119,12 +120,28 @@ def outcome(run):
 
 def attempts(run):
     """The steps after which attempts started, one for each time that a run was started or resumed."""
+    if not (run / "events.jsonl").is_file():
+        return []
     return [event["step"] for event in read_events(run) if event.get("event") in ("started", "resumed")]
 
 
 def logged_steps(run):
     """The step of every metrics line that holds a loss, in order: a step written twice shows."""
     return [event["step"] for event in read_events(run) if "train/loss" in event.get("metrics", {})]
+
+
+def mirrored(run, workplace):
+    """A run in the MLflow store of the folder it was submitted in: names of what it holds, and points by metric."""
+    stored = Stored(run, f"sqlite:///{workplace}/mlflow.db")
+    metrics = [name for name in stored.run.data.metrics if not name.startswith("system/")]
+    tags = {name for name in stored.run.data.tags if not name.startswith(("variable.", "mlflow.source.git"))}
+    return {
+        "parameters": set(stored.run.data.params),
+        "tags": tags,
+        "status": stored.run.info.status,
+        "artifacts": stored.artifacts(),
+        "points": {name: stored.steps(name) for name in metrics},
+    }
 
 
 def command_of(process):

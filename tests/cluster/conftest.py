@@ -59,6 +59,10 @@ class SlurmCluster:
         shown = self("scontrol", "--oneliner", "show", "job", job)
         return next(part.partition("=")[2] for part in shown.split() if part.startswith(f"{name}="))
 
+    def nodes(self, job):
+        """The names of the nodes that a job runs on."""
+        return self("scontrol", "show", "hostnames", self.field(job, "NodeList")).split()
+
     def start_now(self, job):
         """Spare a requeued job the two minutes that Slurm holds it back; whether it was waiting."""
         if self.field(job, "JobState") != "PENDING":

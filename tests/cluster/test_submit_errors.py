@@ -46,7 +46,7 @@ def refuse(text, workplace):
             ],
         ),
         ("gpus_per_node=16", ["node configuration is not available", "gpu:2", "--with gpus_per_node=N"]),
-        ("nodes=40", ["node configuration is not available"]),
+        ("nodes=8", ["node configuration is not available"]),
     ],
 )
 def test_what_slurm_would_refuse_is_refused_with_what_it_has(slurm_cluster, refuse, setting, words):
