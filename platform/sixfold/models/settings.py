@@ -7,7 +7,17 @@ from typing import ClassVar, Literal, NamedTuple
 
 from sixfold.config.base import Component
 
-Capability = Literal["denoiser", "uncertainty", "language_model", "codec", "discriminator", "text_encoder", "features"]
+Capability = Literal[
+    "denoiser",
+    "uncertainty",
+    "language_model",
+    "codec",
+    "discriminator",
+    "text_encoder",
+    "features",
+    "projection",
+    "hidden_tokens",
+]
 """What an objective may ask of a network; a new kind of network adds its word here."""
 
 

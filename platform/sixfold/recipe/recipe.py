@@ -29,6 +29,7 @@ from sixfold.models.mmdit.config import MMDiTConfig
 from sixfold.models.moe_transformer.config import MoETransformerConfig
 from sixfold.models.noise_uncertainty.config import NoiseUncertaintyConfig
 from sixfold.models.perceptual.config import ClassifierConfig, LPIPSConfig
+from sixfold.models.projection.config import ProjectionConfig
 from sixfold.models.text_encoder.config import ByteTextEncoderConfig, HuggingFaceTextConfig
 from sixfold.models.trained.config import TrainedConfig
 from sixfold.models.unet.config import UNetConfig
@@ -54,6 +55,7 @@ NetworkConfig = Annotated[
     | ByteTextEncoderConfig
     | HuggingFaceTextConfig
     | NoiseUncertaintyConfig
+    | ProjectionConfig
     | UNetConfig
     | CodecConfig
     | PatchDiscriminatorConfig

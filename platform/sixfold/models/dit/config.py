@@ -14,7 +14,7 @@ class DiTConfig(NetworkSettings):
     """Diffusion transformer over square images or latents, conditioned on time and, with ``classes``, on a label."""
 
     implementation: ClassVar[str] = "sixfold.models.dit.model:DiT"
-    provides: ClassVar[frozenset[Capability]] = frozenset({"denoiser"})
+    provides: ClassVar[frozenset[Capability]] = frozenset({"denoiser", "hidden_tokens"})
 
     type: Literal["dit"] = "dit"
     image_size: int = Field(ge=1, description="Height and width of the images or latents.")

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from sixfold.models.settings import Capability
 from sixfold.objectives.conditioning.config import EncodersConfig, trained_encoders
+from sixfold.objectives.denoising.alignment_config import AlignmentConfig
 from sixfold.objectives.settings import Fit, ObjectiveSettings
 from sixfold.paths.config import (
     CouplingConfig,
@@ -30,7 +31,7 @@ class DenoisingConfig(ObjectiveSettings):
     fit: ClassVar[Fit] = Fit(
         modality="image",
         samplers=("euler", "heun", "dpm_solver", "ddim", "ancestral", "sde", "rk45"),
-        metrics=("loss", "fd", "kid", "nearest_neighbour", "conditional_accuracy"),
+        metrics=("loss", "bits_per_dim", "fd", "kid", "nearest_neighbour", "conditional_accuracy"),
     )
 
     type: Literal["denoising"] = Field("denoising", description="Learn to undo the noise of a probability path.")
@@ -71,9 +72,19 @@ class DenoisingConfig(ObjectiveSettings):
         None, min_length=1, description="Name in `networks` of a weaker, trained denoiser for autoguidance; frozen."
     )
 
+    alignment: AlignmentConfig | None = Field(
+        None, description="Alignment of a hidden block with frozen features of the clean image (REPA); null: none."
+    )
+
+    @model_validator(mode="after")
+    def _aligned_with_images(self) -> DenoisingConfig:
+        if self.alignment is not None and self.codec is not None:
+            raise ValueError("alignment reads images, and data of codec hold latents alone; leave alignment out")
+        return self
+
     @property
     def needs(self) -> Mapping[str, Capability]:
-        """The denoiser, and the uncertainty, guide, codec and text encoders where they are named."""
+        """The denoiser, and whatever else is named: uncertainty, guide, codec, what alignment reads, text encoders."""
         needs: dict[str, Capability] = {self.network: "denoiser"}
         if self.uncertainty is not None:
             needs[self.uncertainty] = "uncertainty"
@@ -81,13 +92,17 @@ class DenoisingConfig(ObjectiveSettings):
             needs[self.guide] = "denoiser"
         if self.codec is not None:
             needs[self.codec] = "codec"
+        if self.alignment is not None:
+            needs |= {self.alignment.features: "features", self.alignment.projection: "projection"}
         return needs | dict.fromkeys(self.encoders, "text_encoder")
 
     @property
     def trains(self) -> Mapping[str, str]:
-        """The roles `denoiser`, `uncertainty` where it is named, and the text encoders that are not frozen."""
-        uncertainty = {} if self.uncertainty is None else {"uncertainty": self.uncertainty}
-        return {"denoiser": self.network} | uncertainty | trained_encoders(self.encoders)
+        """The roles `denoiser`, `uncertainty` and `projection` where named, and text encoders that are not frozen."""
+        heads = {} if self.uncertainty is None else {"uncertainty": self.uncertainty}
+        if self.alignment is not None:
+            heads["projection"] = self.alignment.projection
+        return {"denoiser": self.network} | heads | trained_encoders(self.encoders)
 
     @property
     def latents_of(self) -> str | None:

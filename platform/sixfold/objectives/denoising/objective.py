@@ -11,9 +11,10 @@ from torch import Tensor
 
 from sixfold.distributed.randomness import PositionRandom
 from sixfold.errors import RecipeError
-from sixfold.models.trained.network import TrainedNetwork
+from sixfold.models.trained.network import NetworksConfig, TrainedNetwork
 from sixfold.objectives.conditioning.conditioning import Conditioning
 from sixfold.objectives.contract import Batch, LossTerms, Networks, Phase, Progress, Role, Sum
+from sixfold.objectives.denoising.alignment import check_alignment, cosine_alignment
 from sixfold.objectives.denoising.config import DenoisingConfig
 from sixfold.objectives.latents import clean_data
 from sixfold.objectives.stratification import stratified_quantiles
@@ -69,13 +70,14 @@ class _Draw(NamedTuple):
 
 
 class _Loss(NamedTuple):
-    """By sample: what is minimised, and the weighted squared error in it."""
+    """By sample: what is minimised, the weighted squared error in it, and how well hidden tokens are aligned."""
 
     total: Float[Tensor, " n"]
     error: Float[Tensor, " n"]
+    alignment: Float[Tensor, " n"] | None = None
 
     def detached(self) -> _Loss:
-        return _Loss(self.total.detach(), self.error.detach())
+        return _Loss(*(None if part is None else part.detach() for part in self))  # type: ignore[arg-type]  # by field
 
 
 class Denoising:
@@ -84,11 +86,18 @@ class Denoising:
     The network is called as ``network(x [n, ...], time [n], condition)`` and returns a prediction shaped like ``x``.
     """
 
-    def __init__(self, config: DenoisingConfig, networks_config: Mapping[str, object]) -> None:
+    def __init__(self, config: DenoisingConfig, networks_config: NetworksConfig) -> None:
         self.config = config
         denoiser = denoiser_config(networks_config, config.network)
         self.conditioning = Conditioning(config.encoders, networks_config, denoiser)
-        frozen = {"guide": config.guide, "codec": config.codec}
+        aligned = config.alignment
+        if aligned is not None:
+            check_alignment(aligned, config.network, networks_config)
+        frozen = {
+            "guide": config.guide,
+            "codec": config.codec,
+            "features": None if aligned is None else aligned.features,
+        }
         self.roles: Mapping[str, Role] = {
             **{role: Role(kind="trainable", network=network) for role, network in config.trains.items()},
             **{role: Role(kind="frozen", network=network) for role, network in frozen.items() if network is not None},
@@ -106,7 +115,7 @@ class Denoising:
         data = clean_data(batch, random)
         noise = self._noise(data, batch, random, "noise", whole_groups=True)
         draw = _Draw(random.uniform("denoising/time"), noise, self.conditioning.encode(nets, inputs))
-        loss = self._loss(nets, data, draw)
+        loss = self._loss(nets, data, draw, images=None if self.config.alignment is None else batch["image"])
         return LossTerms(loss.total.sum(), _count(loss.total), metrics=self._metrics(loss.detached(), draw.quantile))
 
     @torch.no_grad()
@@ -132,8 +141,15 @@ class Denoising:
             noise = noise + self.config.offset_noise * random.normal(f"denoising/{purpose}/offset", channels)
         return coupled(self.config.coupling, data, noise, batch.positions, whole_groups=whole_groups)
 
-    def _loss(self, nets: Networks, data: Float[Tensor, "n ..."], draw: _Draw) -> _Loss:
-        """Return the loss of each sample, in fp32.
+    def _loss(
+        self,
+        nets: Networks,
+        data: Float[Tensor, "n ..."],
+        draw: _Draw,
+        *,
+        images: Float[Tensor, "n c h w"] | None = None,
+    ) -> _Loss:
+        """Return the loss of each sample, in fp32; with ``images``, hidden tokens are aligned with their features.
 
         The squared error is a mean over dimensions, weighted by the noise level. With learnt uncertainty it is divided
         by e^u, which costs u: the best u(t) is the log of the mean error at t, so that in the end all times weigh alike
@@ -144,19 +160,34 @@ class Denoising:
         at = self.path.coefficients(time)
         wide = at.broadcast(data)
         seen, seen_time = network_input(wide.alpha * data + wide.sigma * draw.noise, time, at, kind, data_std)
-        predicted: Tensor = nets["denoiser"](seen, seen_time, draw.condition).float()
-        difference = predicted - express(Endpoints(data, draw.noise), kind, at, data_std)
+        predicted, aligned = self._predict(nets, (seen, seen_time, draw.condition), images)
+        difference = predicted.float() - express(Endpoints(data, draw.noise), kind, at, data_std)
         weight: Tensor = loss_weight(self.config.weighting, kind, at, data_std)
         error = weight * difference.square().flatten(1).mean(1)
-        if self.config.uncertainty is None:
-            return _Loss(error, error)
-        log_scale: Tensor = nets["uncertainty"](torch.log(at.sigma / at.alpha)).float()
-        return _Loss(error * torch.exp(-log_scale) + log_scale, error)
+        total = error
+        if self.config.uncertainty is not None:
+            log_scale: Tensor = nets["uncertainty"](torch.log(at.sigma / at.alpha)).float()
+            total = error * torch.exp(-log_scale) + log_scale
+        if aligned is not None and self.config.alignment is not None:
+            total = total - self.config.alignment.weight * aligned
+        return _Loss(total, error, aligned)
+
+    def _predict(
+        self, nets: Networks, inputs: tuple[Tensor, Tensor, Mapping[str, Tensor]], images: Tensor | None
+    ) -> tuple[Float[Tensor, "n ..."], Float[Tensor, " n"] | None]:
+        """Return the prediction and, with ``images``, how well the hidden tokens behind it are aligned with them."""
+        alignment = self.config.alignment
+        if images is None or alignment is None:
+            return nets["denoiser"](*inputs), None
+        predicted, (hidden,) = nets["denoiser"](*inputs, read_after=(alignment.block - 1,))
+        return predicted, cosine_alignment(alignment, nets, hidden, images)
 
     def _metrics(self, loss: _Loss, quantile: Float[Tensor, " n"]) -> dict[str, Sum]:
         metrics = _loss_by_quarter(loss.total, quantile)
         if self.config.uncertainty is not None:
             metrics["squared_error"] = Sum(loss.error.sum(), _count(loss.error))
+        if loss.alignment is not None:
+            metrics["alignment"] = Sum(loss.alignment.sum(), _count(loss.alignment))
         return metrics
 
 
