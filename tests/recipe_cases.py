@@ -21,12 +21,25 @@ from sixfold.train.loop import Training, train_step
 from sixfold.train.run_folder import RunFolder
 from sixfold.train.worker import Job
 
-RECIPES = {"lm/moe-smoke": "stdlib", "flow/dit-smoke": "digits", "codec/vq-smoke": "digits"}
+RECIPES = {
+    "lm/moe-smoke": "stdlib",
+    "flow/dit-smoke": "digits",
+    "flow/unet-smoke": "digits",
+    "codec/vq-smoke": "digits",
+}
 """The recipes under test and the demo data each trains on."""
 
 SMALLER = {
     "lm/moe-smoke": ("data.sequence_length=64",),
     "flow/dit-smoke": ("data.global_batch=64",),
+    "flow/unet-smoke": (
+        "data.global_batch=32",
+        "networks.denoiser.width=16",
+        "networks.denoiser.head_width=16",
+        "networks.denoiser.groups=4",
+        "objective.coupling.type=optimal_transport",
+        "objective.coupling.group=4",
+    ),
     "codec/vq-smoke": (
         "data.global_batch=16",
         "networks.codec.width=8",

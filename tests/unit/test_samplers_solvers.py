@@ -41,6 +41,7 @@ STOCHASTIC = [
     ReverseSDEConfig(),
     ReverseSDEConfig(corrector_steps=1),
 ]
+NAMES = ["ddim", "ddim_half", "ancestral", "ancestral_forward", "sde", "predictor_corrector"]
 
 
 def draw(config, objective, count=16, start=0):
@@ -91,14 +92,14 @@ def test_ancestral_sampling_is_ddim_at_eta_one(path):
     )
 
 
-@pytest.mark.parametrize("config", STOCHASTIC, ids=str)
-@pytest.mark.parametrize("path", PATHS[:4], ids=lambda path: path.type)
+@pytest.mark.parametrize("config", STOCHASTIC, ids=NAMES)
+@pytest.mark.parametrize("path", [PATHS[0], PATHS[3]], ids=lambda path: path.type)
 def test_samples_have_the_datas_moments(config, path):
     grid = EDMGridConfig(sigma_min=2e-3, sigma_max=20.0, rho=20.0)
-    images = draw(config.model_copy(update={"steps": 150, "grid": grid}), objective_on(path), count=512).double()
+    images = draw(config.model_copy(update={"steps": 80, "grid": grid}), objective_on(path), count=512).double()
     # standard errors of 8192 values: 1.1% of the mean's scale, .8% of the deviation
     assert images.mean().item() == pytest.approx(MEAN, abs=4 * STD / 8192**0.5)
-    assert images.std().item() == pytest.approx(STD, rel=0.06)
+    assert images.std().item() == pytest.approx(STD, rel=0.08)
     between = torch.corrcoef(images.flatten(1)[:, :4].T).fill_diagonal_(0)
     assert between.abs().max() < 0.2
 
@@ -158,7 +159,7 @@ def test_corrections_mend_the_predictors_variance():
     assert corrected < 0.8 * plain
 
 
-@pytest.mark.parametrize("config", [*STOCHASTIC, DPMSolverConfig()], ids=str)
+@pytest.mark.parametrize("config", [*STOCHASTIC, DPMSolverConfig()], ids=[*NAMES, "dpm_solver"])
 def test_a_sample_depends_on_its_number_alone(config):
     objective = objective_on(VPLinearConfig())
     config = config.model_copy(update={"steps": 5})

@@ -94,6 +94,27 @@ def _micro_batches_divide(checked: _Checked, rank_batch: int) -> Iterator[Fault]
         )
 
 
+def _coupling_groups_divide(checked: _Checked) -> Iterator[Fault]:
+    """Noise is dealt out within whole groups of consecutive positions, each inside one micro-batch."""
+    recipe = checked.recipe
+    if not isinstance(recipe.objective, DenoisingConfig) or recipe.objective.coupling.type == "independent":
+        return
+    rank_batch = recipe.data.global_batch // (checked.world_size or 1)
+    for role in recipe.objective.role_names:
+        micro_batch = min(recipe.engine_of(role).micro_batch or rank_batch, rank_batch)
+        group = recipe.objective.coupling.group
+        if micro_batch % group:
+            smaller = math.gcd(micro_batch, group)
+            yield checked.fault(
+                f"{checked.say('objective.coupling.group')}: micro-batches of {micro_batch} are not whole groups",
+                at="objective.coupling.group",
+                allowed=f"a divisor of {micro_batch}",
+                fix=f"set objective.coupling.group={smaller}"
+                if smaller > 1
+                else f"set {checked.role_key(role, 'engine')}.micro_batch to a multiple of {group}",
+            )
+
+
 def _data_fit(checked: _Checked) -> Iterator[Fault]:
     """Text is cut into sequences; pictures come in the size that the network takes."""
     recipe, size = checked.recipe, checked.recipe.data.image_size
@@ -188,7 +209,7 @@ def _guidance_has_null(checked: _Checked) -> Iterator[Fault]:
             at="objective.label_drop",
             fix=f"set networks.{recipe.objective.network}.classes, or objective.label_drop=0.0",
         )
-    if guidance is not None and guidance.type == "cfg" and (not labelled or recipe.objective.label_drop == 0):
+    if guidance is not None and guidance.needs_null and (not labelled or recipe.objective.label_drop == 0):
         yield checked.fault(
             f"{checked.say('sampling.guidance.type', 'objective.label_drop')}: guidance needs a network that was also "
             "trained without its condition",
@@ -310,6 +331,7 @@ def _next_multiple(value: int, of: int) -> int:
 
 _CHECKS: tuple[Callable[[_Checked], Iterator[Fault]], ...] = (
     _batches_divide,
+    _coupling_groups_divide,
     _data_fit,
     _networks_exist,
     _roles_exist,

@@ -14,6 +14,11 @@ class NoGuidanceConfig(Config):
 
     type: Literal["none"] = Field("none", description="No guidance.")
 
+    @property
+    def needs_null(self) -> bool:
+        """Whether the network must have learnt to do without its condition."""
+        return False
+
 
 class _GuidanceConfig(Config):
     """What every guidance has: a scale, and the times at which it acts (2404.07724)."""
@@ -22,6 +27,11 @@ class _GuidanceConfig(Config):
     scale: float = Field(1.5, ge=0, le=100, description="1 is the conditional prediction, 0 what it is pushed from.")
     low: float | None = Field(None, ge=0, description="Guide only at path times at or above this; null for no bound.")
     high: float | None = Field(None, ge=0, description="Guide only at path times at or below this; null for no bound.")
+
+    @property
+    def needs_null(self) -> bool:
+        """Whether the network must have learnt to do without its condition."""
+        return True
 
     @model_validator(mode="after")
     def _ordered(self) -> _GuidanceConfig:
@@ -58,6 +68,11 @@ class AutoguidanceConfig(_GuidanceConfig):
         "autoguidance", description="Push away from a weaker network, `objective.guide`, under the same condition."
     )
 
+    @property
+    def needs_null(self) -> bool:
+        """No: the weaker network sees the same condition."""
+        return False
+
 
 SingleGuidanceConfig = Annotated[CFGConfig | CFGZeroConfig | AutoguidanceConfig, Field(discriminator="type")]
 
@@ -67,6 +82,11 @@ class CombinedGuidanceConfig(Config):
 
     type: Literal["combined"] = Field("combined", description="Several guidances, their pushes added.")
     parts: list[SingleGuidanceConfig] = Field(min_length=1, description="The guidances, in any order.")
+
+    @property
+    def needs_null(self) -> bool:
+        """Whether one of them does."""
+        return any(part.needs_null for part in self.parts)
 
 
 GuidanceConfig = Annotated[

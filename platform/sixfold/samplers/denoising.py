@@ -22,7 +22,7 @@ from sixfold.paths.affine import AffinePath
 from sixfold.paths.predictions import Endpoints, endpoints_of, express, network_input
 from sixfold.samplers.contract import SampleRequest
 from sixfold.samplers.grids import solver_times
-from sixfold.samplers.guidance import Guided, Predict, needs_guide, needs_null
+from sixfold.samplers.guidance import Guided, Predict, needs_guide
 
 PredictEndpoints = Callable[[Tensor, Tensor], Endpoints]
 """``(x [n, ...], path time [n]) -> `` what the data and the noise in x are believed to be."""
@@ -78,7 +78,7 @@ class DenoisingSampler(ABC):
         self.shape = (network.channels, network.image_size, network.image_size)
         self.conditioning = Conditioning(objective.encoders, networks_config, network)
         self.guide = _guide_objective(objective, networks_config)
-        if needs_null(config.guidance) and not self.conditioning.null_values:
+        if config.guidance.needs_null and not self.conditioning.null_values:
             raise RecipeError.of(
                 f"classifier-free guidance needs conditions, and network {objective.network!r} has none",
                 where="sampling.guidance",

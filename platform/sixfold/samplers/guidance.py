@@ -45,11 +45,6 @@ def parts_of(config: GuidanceConfig) -> Sequence[SingleGuidanceConfig]:
     return [part for part in parts if part.scale != 1.0 or isinstance(part, CFGZeroConfig)]
 
 
-def needs_null(config: GuidanceConfig) -> bool:
-    """Tell whether an unconditional prediction is asked for."""
-    return any(not isinstance(part, AutoguidanceConfig) for part in parts_of(config))
-
-
 def needs_guide(config: GuidanceConfig) -> bool:
     """Tell whether a weaker network is asked for."""
     return any(isinstance(part, AutoguidanceConfig) for part in parts_of(config))

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from sixfold.samplers.config import ReverseSDEConfig
 from sixfold.samplers.denoising import DenoisingSampler, Knots, NoiseSource, PredictEndpoints, everywhere
+from sixfold.samplers.stochastic import DrawNoise
 
 
 def solve_reverse_sde(
     predict: PredictEndpoints,
     knots: Knots,
     x: Float[Tensor, "n ..."],
-    noise: NoiseSource,
+    noise: DrawNoise,
     *,
     corrector_steps: int = 0,
     corrector_ratio: float = 0.16,

@@ -9,6 +9,7 @@ every affine path; on a variance-exploding one they are the "Euler ancestral" st
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -16,9 +17,12 @@ from torch import Tensor
 from sixfold.samplers.config import AncestralConfig, DDIMConfig
 from sixfold.samplers.denoising import DenoisingSampler, Knots, NoiseSource, PredictEndpoints, everywhere
 
+DrawNoise = Callable[[str], Tensor]
+"""``purpose -> `` standard normal noise; see :class:`~sixfold.samplers.denoising.NoiseSource`."""
+
 
 def solve_ddim(
-    predict: PredictEndpoints, knots: Knots, x: Float[Tensor, "n ..."], noise: NoiseSource, *, eta: float
+    predict: PredictEndpoints, knots: Knots, x: Float[Tensor, "n ..."], noise: DrawNoise, *, eta: float
 ) -> Float[Tensor, "n ..."]:
     """Return clean samples: x' = alpha' x0hat + sqrt(sigma'^2 - s^2) ehat + s z with s = eta times the posterior's."""
     times, alphas, sigmas = knots
@@ -33,7 +37,7 @@ def solve_ddim(
 
 
 def solve_ancestral(
-    predict: PredictEndpoints, knots: Knots, x: Float[Tensor, "n ..."], noise: NoiseSource, *, forward_variance: bool
+    predict: PredictEndpoints, knots: Knots, x: Float[Tensor, "n ..."], noise: DrawNoise, *, forward_variance: bool
 ) -> Float[Tensor, "n ..."]:
     """Return clean samples: the posterior's mean plus noise of its variance, or of the forward step's.
 
