@@ -104,7 +104,8 @@ def _build(specification: NetworkSpecification) -> nn.Module:
         return whole.to(device)
     sharding = _sharding(specification.engine)
     if sharding is None:
-        network, tags = network_on_meta(specification)
+        with unset_fake_temporarily():  # as below
+            network, tags = network_on_meta(specification)
         network.to_empty(device=device)
         initialize(network, tags, seed=specification.seed, role=specification.role)
         return network
