@@ -35,13 +35,13 @@ def nodes(book):
     nodes = Nodes(ray_cluster.default_folder())
     try:
         nodes.bring_up(3)
+        yield nodes
     except EnvironmentFault as fault:
-        ray_cluster.down(nodes.folder)
         if os.environ.get("CI"):
             raise
         pytest.skip(f"no Ray: {fault}")
-    yield nodes
-    assert ray_cluster.down(nodes.folder) > 0
+    finally:
+        ray_cluster.down(nodes.folder)
 
 
 @pytest.fixture(scope="module")
