@@ -118,6 +118,10 @@ def _decoded(networks: Networks, drawn: Tensor, latents: LatentsEntry) -> Tensor
     return image.clamp(-1.0, 1.0)
 
 
+_WRITTEN = ("grid.png", "texts.txt", f"sample-{'[0-9]' * 6}.png", "samples.jsonl", "samples.npz")
+"""What :meth:`Samples.write_all` may leave in a folder."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Samples:
     """Drawn fields (``image`` or ``tokens``), what they were drawn for, and the data that give both a meaning."""
@@ -167,8 +171,14 @@ class Samples:
         return path
 
     def write_all(self, folder: Path) -> list[Path]:
-        """Write every sample (PNG files, or one JSONL), an overview, and ``samples.npz`` with all arrays."""
+        """Write every sample (PNG files, or one JSONL), an overview, and ``samples.npz`` with all arrays.
+
+        An earlier draw's files go: among fewer new samples the rest of them would pass for new.
+        """
         folder.mkdir(parents=True, exist_ok=True)
+        for pattern in _WRITTEN:
+            for earlier in folder.glob(pattern):
+                earlier.unlink()
         written = [self.write_overview(folder, "grid" if self.are_images else "texts")]
         if self.are_images:
             for number, image in enumerate(self.fields["image"]):
