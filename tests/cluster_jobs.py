@@ -175,11 +175,16 @@ class Frozen:
                 process.send_signal(signal.SIGCONT)
 
     def has_pending(self, *numbers):
-        """Whether every rank has been sent one of these signals, which it will hear when it runs again."""
-        return all(any(pending(process.pid) >> (number - 1) & 1 for number in numbers) for process in self.processes)
+        """Whether every rank that still runs has been sent one of these signals, which it hears when it goes on."""
+        masks = [pending(process.pid) for process in self.processes if process.is_running()]
+        return bool(masks) and all(any(mask >> (number - 1) & 1 for number in numbers) for mask in masks)
 
 
 def pending(pid):
-    """The mask of signals that wait for a process."""
-    lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    """The mask of signals that wait for a process; every signal where it has just ended."""
+    try:
+        text = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return -1
+    lines = dict(line.split(":", 1) for line in text.splitlines())
     return int(lines["ShdPnd"], 16) | int(lines["SigPnd"], 16)
