@@ -93,7 +93,9 @@ class Job:
         """The processes that train the first run now."""
         marks = ("sixfold_launchers.slurm_task", "sixfold.train.")
         found = [process for process in processes_naming(self.run) if any(m in command_of(process) for m in marks)]
-        return [process for process in found if not command_of(process).startswith("srun")]
+        ranks = {process.pid: process for process in found if not command_of(process).startswith("srun")}
+        # A child that a rank has just forked still bears its command line.
+        return [process for process in ranks.values() if process.ppid() not in ranks]
 
 
 def wait_for(condition, failure, timeout, job=None):
