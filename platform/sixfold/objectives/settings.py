@@ -30,6 +30,9 @@ class ObjectiveSettings(Component):
 
     fit: ClassVar[Fit]
 
+    forward_mode: ClassVar[bool] = False
+    """Whether it takes forward-mode derivatives of the networks it trains."""
+
     @property
     def needs(self) -> Mapping[str, Capability]:
         """The names in `networks` that this objective uses, and what each must be able to do."""

@@ -305,6 +305,14 @@ def _engines_fit(checked: _Checked) -> Iterator[Fault]:
                 allowed="deepspeed with adamw; ddp or fsdp with either",
                 fix=f"set {optimizer_key}.type=adamw (with its lr), or {key}.type=fsdp",
             )
+        if isinstance(engine, DeepSpeedConfig) and engine.zero_stage == 3 and checked.recipe.objective.forward_mode:
+            yield checked.fault(
+                f"{checked.say(f'{key}.zero_stage', 'objective.type')}: partitioned parameters have no forward-mode "
+                "derivative, which this objective takes",
+                at=f"{key}.zero_stage",
+                allowed="ddp, fsdp, or deepspeed with zero_stage 1 or 2",
+                fix=f"set {key}.type=fsdp to shard parameters, or {key}.zero_stage=2",
+            )
         if isinstance(engine, FSDPConfig) and checked.world_size and checked.world_size % engine.replicate:
             yield checked.fault(
                 f"{checked.say(f'{key}.replicate')} on {checked.world_size} ranks: replicas must divide the ranks",

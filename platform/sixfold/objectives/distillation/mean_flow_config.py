@@ -17,6 +17,7 @@ class MeanFlowConfig(FewStepSettings):
     """
 
     implementation: ClassVar[str] = "sixfold.objectives.distillation.mean_flow:MeanFlow"
+    forward_mode: ClassVar[bool] = True
     jumps: ClassVar[Literal["data", "interval"]] = "interval"
 
     type: Literal["mean_flow"] = Field("mean_flow", description="Average velocities over intervals (MeanFlow).")

@@ -17,6 +17,7 @@ class TrigFlowConsistencyConfig(FewStepSettings):
     """
 
     implementation: ClassVar[str] = "sixfold.objectives.distillation.trigflow:TrigFlowConsistency"
+    forward_mode: ClassVar[bool] = True
     type: Literal["trigflow_consistency"] = Field(
         "trigflow_consistency", description="Continuous-time consistency distillation or training (sCM)."
     )
