@@ -195,8 +195,13 @@ class TorchEngine(ABC):
     @contextmanager
     def untrained(self) -> Iterator[nn.Module]:
         """Yield the network as another role's phase calls it: without its wrapper, nothing is reduced."""
-        with requiring_no_gradient(self.network):
-            yield self.network
+        # What is gathered within must not outlive it: a forward without backward leaves parts gathered, and as frozen.
+        self._forget_gathered_parameters()
+        try:
+            with requiring_no_gradient(self.network):
+                yield self.network
+        finally:
+            self._forget_gathered_parameters()
 
     @torch.no_grad()
     def average_into(self, values: Mapping[str, Tensor], decay: float) -> None:
