@@ -42,6 +42,8 @@ def book(tmp_path_factory):
 class SlurmCluster:
     """A dev cluster: its folder, its commands, its daemons."""
 
+    command = DEV_CLUSTER
+
     def __init__(self, state):
         self.state = state
 
