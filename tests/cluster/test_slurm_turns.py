@@ -4,7 +4,21 @@ import json
 import os
 from pathlib import Path
 
-from cluster_jobs import Frozen, attempts, logged_steps, losses, outcome, processes_naming, sixfold, wait_for
+import pytest
+
+from cluster_jobs import (
+    PATIENCE_S,
+    Frozen,
+    attempts,
+    logged_steps,
+    losses,
+    outcome,
+    processes_naming,
+    sixfold,
+    wait_for,
+)
+
+pytestmark = pytest.mark.timeout(1200)
 
 
 def test_a_cancelled_job_saves_ends_and_may_be_taken_up(slurm_cluster, submit):
@@ -13,18 +27,18 @@ def test_a_cancelled_job_saves_ends_and_may_be_taken_up(slurm_cluster, submit):
     with Frozen(job):
         told = sixfold("jobs", "cancel", job.id)
     assert "told to end" in told.stdout
-    wait_for(lambda: job.state() == "cancelled", "the job did not end", 240, job)
+    wait_for(lambda: job.state() == "cancelled", "the job did not end", PATIENCE_S, job)
     assert outcome(job.run) == "interrupted"
     saved = max(losses(job.run))
     assert saved < 12
-    wait_for(lambda: not processes_naming(job.run), "processes outlived the job", 60)
+    wait_for(lambda: not processes_naming(job.run), "processes outlived the job", PATIENCE_S)
     assert slurm_cluster.is_idle()
     again = sixfold("jobs", "cancel", job.id, check=False)
     assert again.returncode == 2
     assert "is cancelled already" in again.stderr
 
     sixfold("jobs", "requeue", job.id)
-    wait_for(lambda: slurm_cluster.start_now(job.cluster_id), "the job was not requeued", 240, job)
+    wait_for(lambda: slurm_cluster.start_now(job.cluster_id), "the job was not requeued", PATIENCE_S, job)
     job.wait_until_finished()
     assert attempts(job.run) == [0, saved]
     assert logged_steps(job.run) == list(range(1, 13))
@@ -72,7 +86,7 @@ def files_holding(words, folders):
 
 def test_a_secret_that_the_node_lacks_ends_the_job_with_the_fix(slurm_cluster, submit, tmp_path):
     job = submit("slurm", "train.steps=3", settings=("secrets=[DEMO_TOKEN]", f"secrets_folder={tmp_path}"))
-    wait_for(lambda: job.state() == "failed", "the job did not fail", 120, job)
+    wait_for(lambda: job.state() == "failed", "the job did not fail", PATIENCE_S, job)
     assert "the secret DEMO_TOKEN cannot be read" in job.log()
     assert "Traceback" not in job.log()
     assert attempts(job.run) == []

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from cluster_jobs import RECIPE, TINY, Frozen, sixfold, wait_for
+from cluster_jobs import PATIENCE_S, RECIPE, TINY, Frozen, sixfold, wait_for
 from sixfold_launchers.job_book import JobBook
+
+pytestmark = pytest.mark.timeout(1200)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -164,4 +166,4 @@ def test_two_jobs_cannot_work_on_one_run(submit, refuse):
     assert f"job {job.id} works on this run (running)" in said
     assert f"sixfold jobs cancel {job.id}" in said
     sixfold("jobs", "cancel", job.id)
-    wait_for(lambda: job.state() == "cancelled", "the job did not end", 60, job)
+    wait_for(lambda: job.state() == "cancelled", "the job did not end", PATIENCE_S, job)
