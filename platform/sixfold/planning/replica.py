@@ -40,6 +40,10 @@ class Replica:
         """Compute the gradients of a sum of losses."""
         torch.autograd.backward(loss)
 
+    def join_backward(self, loss: Tensor) -> Tensor:
+        """Return the loss: gradients of any backward pass are exchanged."""
+        return loss
+
     @contextmanager
     def untrained(self) -> Iterator[nn.Module]:
         """Yield the network as another role's phase calls it."""

@@ -186,7 +186,11 @@ class _Cast:
                 contexts.enter_context(self.engines[role].accumulate(last=True))
             random = PositionRandom(self._recipe.seed, positions)
             terms = self._objective(networks, Batch(batch, positions), phase, random)
-            self.engines[phase.trains[0]].backward(terms.loss)
+            first, *others = (self.engines[role] for role in phase.trains)
+            loss = terms.loss
+            for engine in others:
+                loss = engine.join_backward(loss)
+            first.backward(loss)
         return terms
 
     def _networks_in(self, phase: Phase, contexts: ExitStack) -> dict[str, nn.Module]:
@@ -211,7 +215,7 @@ class _Cast:
     def _of_the_step(self, phase: Phase, terms: LossTerms, micro_batches: int) -> Counter[Collective]:
         """Messages that no fake group sees: those of DDP and ZeRO, and the step's sums over ranks."""
         world_size = self._world.size
-        numbers = 3 + 2 * len(terms.metrics) + sum(value.numel() for value in terms.statistics.values())
+        numbers = 3 + world_size + 2 * len(terms.metrics) + sum(value.numel() for value in terms.statistics.values())
         sent: Counter[Collective] = Counter()
         if world_size > 1:
             sent[Collective(kind="all_reduce", ranks=tuple(range(world_size)), message_bytes=8 * numbers)] += 1

@@ -50,6 +50,8 @@ def assemble(recipe: Recipe, world: World, *, quarantine: Path | None = None, ca
         global_batch=recipe.data.global_batch,
         micro_batch={role: recipe.engine_of(role).micro_batch or local_batch for role in parts.engines},
         max_consecutive_skips=recipe.train.max_consecutive_skips,
+        rank=world.rank,
+        ranks=world.size,
     )
 
 

@@ -6,10 +6,12 @@ log before the checkpoint that makes the step final.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
+from statistics import median
 
 from pydantic import Field
 
@@ -44,6 +46,7 @@ class Log:
     skips: int = 0
     checkpoints: int = 0
     _seconds: float = 0.0
+    _rank_seconds: list[float] = field(default_factory=list)
     _steps: int = 0
     _pending: dict[str, float] = field(default_factory=dict)
 
@@ -60,6 +63,7 @@ class Log:
         """Count the step and write a line when it is due."""
         step = record.progress.step
         self._seconds += record.seconds
+        self._rank_seconds = [a + b for a, b in zip_longest(self._rank_seconds, record.rank_seconds, fillvalue=0.0)]
         self._steps += 1
         if record.skipped:
             self.skips += 1
@@ -68,7 +72,7 @@ class Log:
         if due(step, self.every_steps, record.progress.total_steps) or record.stop_requested:
             performance = self._performance(training)
             values = self._training_metrics(record) | performance | self._pending
-            self._seconds, self._steps, self._pending = 0.0, 0, {}
+            self._seconds, self._rank_seconds, self._steps, self._pending = 0.0, [], 0, {}
             self.write(record.progress, values)
             self.display.update(step=step, values=values, skips=self.skips, checkpoints=self.checkpoints)
 
@@ -93,9 +97,22 @@ class Log:
             "data/wait_s": training.stream.wait_s,
             "data/corrupt_samples": float(training.stream.corrupt_count),
         }
+        values |= slowest(self._rank_seconds, self._steps)
         if self.tokens_per_sample is not None:
             values["perf/tokens_per_s"] = samples_per_s * self.tokens_per_sample
         return values
+
+
+def slowest(rank_seconds: Sequence[float], steps: int) -> dict[str, float]:
+    """Which rank the others wait for: seconds a step before its first loss, and those of the median rank."""
+    if len(rank_seconds) < 2:
+        return {}
+    rank = max(range(len(rank_seconds)), key=rank_seconds.__getitem__)
+    return {
+        "perf/slowest_rank": float(rank),
+        "perf/slowest_rank_s": rank_seconds[rank] / steps,
+        "perf/median_rank_s": median(rank_seconds) / steps,
+    }
 
 
 @dataclass(kw_only=True)

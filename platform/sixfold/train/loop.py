@@ -40,7 +40,11 @@ class Training:
     global_batch: int
     micro_batch: Mapping[str, int]  # by trainable role: samples this rank takes at once
     max_consecutive_skips: int
+    rank: int = 0
+    ranks: int = 1
     consecutive_skips: int = 0
+    step_started: float = 0.0
+    own_s: float | None = None  # seconds of this step before the first loss: the batch, and forward
 
     @property
     def networks(self) -> Networks:
@@ -86,13 +90,16 @@ class Training:
 class StepRecord:
     """What one training step did: mean metrics, one engine report a phase, whether to stop; equal on all ranks.
 
-    ``seconds`` alone is this rank's own: from asking for the batch to the end of the update.
+    ``seconds`` alone is this rank's own: from asking for the batch to the end of the update. That is about the same
+    everywhere, since ranks wait for one another; ``rank_seconds``, each rank's from asking for the batch to its first
+    loss, tells who is waited for.
     """
 
     progress: Progress
     metrics: Mapping[str, float]
     reports: Mapping[str, StepReport]
     stop_requested: bool
+    rank_seconds: Sequence[float] = ()
     seconds: float = 0.0
 
     @property
@@ -112,10 +119,10 @@ class Hook(Protocol):
 def train(training: Training, hooks: Sequence[Hook], stop_requested: Callable[[], bool]) -> bool:
     """Train until the recipe's last step or until any rank asks to stop; return whether training is complete."""
     while training.progress.step < training.progress.total_steps:
-        started = time.perf_counter()
+        training.step_started = time.perf_counter()
         batch = next(training.stream).to(training.device)
         record = train_step(training, batch, stop_requested())
-        record = replace(record, seconds=time.perf_counter() - started)
+        record = replace(record, seconds=time.perf_counter() - training.step_started)
         training.progress = record.progress
         enforce_skip_budget(training, record)
         for hook in hooks:
@@ -131,8 +138,11 @@ def train_step(training: Training, batch: Batch, stop_requested: bool = False) -
     reports: dict[str, StepReport] = {}
     statistics: dict[str, Tensor] = {}
     stop = torch.tensor(float(stop_requested), device=training.device)
+    rank_seconds = torch.zeros(training.ranks, dtype=torch.float64, device=training.device)
+    training.own_s = None
     for phase in training.objective.phases(training.progress):
         totals = _accumulate(training, batch, phase).over_ranks(stop)
+        rank_seconds += totals.rank_seconds
         for role in phase.trains:
             report = training.engines[role].step(totals.count, finite=torch.isfinite(totals.loss))
             reports[phase.name if len(phase.trains) == 1 else f"{phase.name}/{role}"] = report
@@ -147,7 +157,13 @@ def train_step(training: Training, batch: Batch, stop_requested: bool = False) -
     )
     if not any(report.skipped for report in reports.values()):
         training.objective.after_step(training.bare_networks, statistics, done)
-    return StepRecord(progress=done, metrics=metrics, reports=reports, stop_requested=bool(stop.item()))
+    return StepRecord(
+        progress=done,
+        metrics=metrics,
+        reports=reports,
+        stop_requested=bool(stop.item()),
+        rank_seconds=rank_seconds.tolist(),
+    )
 
 
 def enforce_skip_budget(training: Training, record: StepRecord) -> None:
@@ -175,6 +191,7 @@ class _Totals:
     metrics: dict[str, Sum] = field(default_factory=dict)
     statistics: dict[str, Tensor] = field(default_factory=dict)
     stop: Tensor
+    rank_seconds: Tensor  # [ranks], of this rank alone before the sum
 
     def add(self, terms: LossTerms) -> None:
         self.loss = self.loss + terms.loss.detach().double()
@@ -186,6 +203,7 @@ class _Totals:
     def over_ranks(self, stop: Tensor) -> _Totals:
         """Sum everything over all ranks in one collective; a non-finite loss anywhere makes the sum non-finite."""
         flat: dict[str, Tensor] = {"loss": self.loss, "count": self.count, "stop": stop}
+        flat["rank_seconds"] = self.rank_seconds
         flat |= {f"total/{name}": value.total for name, value in self.metrics.items()}
         flat |= {f"count/{name}": value.count for name, value in self.metrics.items()}
         flat |= {f"statistic/{name}": value for name, value in self.statistics.items()}
@@ -194,6 +212,7 @@ class _Totals:
             loss=summed["loss"],
             count=summed["count"],
             stop=summed["stop"],
+            rank_seconds=summed["rank_seconds"],
             metrics={
                 name: value.holding(summed[f"total/{name}"], summed[f"count/{name}"])
                 for name, value in self.metrics.items()
@@ -209,7 +228,8 @@ def _accumulate(training: Training, batch: Batch, phase: Phase) -> _Totals:
     """Sum the losses of the rank's micro-batches, and their gradients in the engines of the roles that train."""
     engines = [training.engines[role] for role in phase.trains]
     zero = torch.zeros((), dtype=torch.float64, device=training.device)
-    totals = _Totals(loss=zero, count=zero, stop=zero)
+    nothing = torch.zeros(training.ranks, dtype=torch.float64, device=training.device)
+    totals = _Totals(loss=zero, count=zero, stop=zero, rank_seconds=nothing)
     micro_batches = list(batch.split(min(training.micro_batch[role] for role in phase.trains)))
     with training.networks_in(phase) as networks:
         for index, micro in enumerate(micro_batches):
@@ -217,6 +237,9 @@ def _accumulate(training: Training, batch: Batch, phase: Phase) -> _Totals:
                 for engine in engines:
                     accumulating.enter_context(engine.accumulate(last=index == len(micro_batches) - 1))
                 terms = training.objective(networks, micro, phase, PositionRandom(training.seed, micro.positions))
+                if training.own_s is None:
+                    training.own_s = time.perf_counter() - training.step_started
+                    totals.rank_seconds[training.rank] = training.own_s
                 loss = terms.loss
                 for engine in engines[1:]:
                     loss = engine.join_backward(loss)

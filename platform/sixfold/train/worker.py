@@ -33,6 +33,7 @@ from sixfold.train.health import HangDetector
 from sixfold.train.hooks import Checkpoint, Evaluate, Log, SavedExtra
 from sixfold.train.loop import Hook, Training, train
 from sixfold.train.performance import peak_flops_per_second, training_flops_per_sample
+from sixfold.train.preflight import preflight
 from sixfold.train.rank import StopRequest
 from sixfold.train.run_folder import RunFolder
 
@@ -64,6 +65,7 @@ def run(folder: RunFolder, stop_requested: Callable[[], bool] | None = None) -> 
     stop_requested = stop_requested or StopRequest()
     recipe = load_recipe(folder.recipe).recipe
     world = process_group.join()
+    notes = preflight(world, folder)
     job = Job(
         recipe=recipe,
         world=world,
@@ -73,7 +75,6 @@ def run(folder: RunFolder, stop_requested: Callable[[], bool] | None = None) -> 
         snapshots=open_snapshots(recipe, world, folder.snapshots),
     )
     status: Status = "failed"
-    notes: list[str] = []
     job.restore(notes.append)
     with job.recording() as (events, display):
         for note in notes:
