@@ -17,13 +17,15 @@ install_import_hook(
 
 @pytest.fixture(scope="session")
 def demo_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the two demo data sets, ``digits`` and ``stdlib``, built once a session."""
+    """A folder with the demo data sets ``digits``, ``stdlib`` and (small) ``scenes``, built once a session."""
     from sixfold_data.build import BuildOptions
     from sixfold_data.demo import build_digits, build_stdlib
+    from sixfold_data.scenes import build_scenes
 
     root = tmp_path_factory.mktemp("demo")
     build_digits(BuildOptions(out=root / "digits"))
     build_stdlib(BuildOptions(out=root / "stdlib"))
+    build_scenes(BuildOptions(out=root / "scenes"), 256, 16)
     return root
 
 

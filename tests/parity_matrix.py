@@ -59,7 +59,9 @@ def run_matrix(
 ) -> list[Row]:
     """Train the reference here and every other way on pools of ranks; return one row each."""
     reference = train(MATRIX["1 process"][1], 1, *args)
-    assert all(loss > 0 and norm > 0 for loss, norm in zip(reference.losses, reference.grad_norms, strict=True))
+    # A role behind zero-initialised layers has no gradient in its first steps.
+    assert all(loss > 0 and norm >= 0 for loss, norm in zip(reference.losses, reference.grad_norms, strict=True))
+    assert sum(norm > 0 for norm in reference.grad_norms) > 0.8 * len(reference.grad_norms)
     return [
         compare(name, accumulation, reference, trajectories(name, train, accumulation, *args))
         for name in names
@@ -86,9 +88,15 @@ def compare(name: str, accumulation: int, reference: Trajectory, others: Sequenc
 
 
 def largest_relative_difference(values: Sequence[float], reference: Sequence[float]) -> float:
-    """max |v - r| / |r|; a NaN is infinitely far."""
-    differences = [abs(v - r) / abs(r) for v, r in zip(values, reference, strict=True)]
+    """max |v - r| / |r|, nothing where they are equal; a NaN is infinitely far."""
+    differences = [_relative(v, r) for v, r in zip(values, reference, strict=True)]
     return max(d if d == d else float("inf") for d in differences)
+
+
+def _relative(value: float, reference: float) -> float:
+    if value == reference:
+        return 0.0
+    return abs(value - reference) / abs(reference) if reference else float("inf")
 
 
 def table(title: str, rows: Sequence[Row]) -> str:

@@ -25,6 +25,7 @@ RECIPES = {
     "lm/moe-smoke": "stdlib",
     "flow/dit-smoke": "digits",
     "flow/unet-smoke": "digits",
+    "flow/mmdit-smoke": "scenes",
     "codec/vq-smoke": "digits",
 }
 """The recipes under test and the demo data each trains on."""
@@ -40,6 +41,20 @@ SMALLER = {
         "objective.coupling.type=optimal_transport",
         "objective.coupling.group=4",
     ),
+    # On pixels, since a codec's run would have to come first; the text encoder trains in the denoiser's phase.
+    "flow/mmdit-smoke": (
+        "data.global_batch=16",
+        "objective.codec=null",
+        "networks.codec=null",
+        "networks.denoiser.image_size=16",
+        "networks.denoiser.patch_size=4",
+        "networks.denoiser.channels=3",
+        "networks.denoiser.width=32",
+        "networks.denoiser.depth=2",
+        "networks.denoiser.text_width=16",
+        "networks.denoiser.pooled_width=16",
+        "networks.text_encoder.width=16",
+    ),
     "codec/vq-smoke": (
         "data.global_batch=16",
         "networks.codec.width=8",
@@ -54,10 +69,46 @@ SMALLER = {
 """Overrides that make a step cheap and change nothing in kind: tests take hundreds of steps."""
 
 
+SMALL_DENOISER = ("width=32", "depth=2", "heads=2")
+"""What the teacher of distilled recipes is, and a student that is no copy of it."""
+
+DISTILLED = {
+    "distill/consistency-distill-smoke": (),
+    "distill/scm-distill-smoke": (),
+    "distill/mean-flow-smoke": tuple(f"networks.denoiser.{setting}" for setting in SMALL_DENOISER),
+    "distill/dmd2-smoke": ("networks.discriminator.features=32", "objective.read_after=[0, 1]"),
+    "distill/ladd-smoke": ("networks.discriminator.features=32", "objective.read_after=[0, 1]"),
+}
+"""Recipes whose teacher :func:`make_teacher` trains, with what makes them fit it."""
+
+
 @cache
 def recipe_on(name: str, data: str, *overrides: str) -> Recipe:
     """Load a recipe by name, made smaller, on the demo data below the folder ``data``."""
+    if name in DISTILLED:
+        shared = ("data.global_batch=16", f"networks.teacher.run={data}/teacher", "schedule.warmup_steps=100")
+        own = () if name == "distill/mean-flow-smoke" else (f"networks.denoiser.run={data}/teacher",)
+        return load_recipe(name, [f"data.path={data}/digits", *shared, *own, *DISTILLED[name], *overrides]).recipe
     return load_recipe(name, [f"data.path={data}/{RECIPES[name]}", *SMALLER[name], *overrides]).recipe
+
+
+def make_teacher(data: Path) -> None:
+    """Leave a run of a small flow on the digits in ``data/teacher``, trained for a few steps in this process."""
+    folder = data / "teacher"
+    if (folder / "recipe.yaml").exists():
+        return
+    small = [f"networks.denoiser.{setting}" for setting in SMALL_DENOISER]
+    overrides = [f"data.path={data}/digits", "data.global_batch=32", "train.ema={type: constant, decay: 0.9}", *small]
+    recipe = load_recipe("flow/dit-smoke", overrides).recipe
+    run = RunFolder(folder)
+    checkpointer = open_checkpointer(recipe, join(), run.checkpoints)
+    job = Job(recipe=recipe, world=join(), folder=run, training=assemble(recipe, join()), checkpointer=checkpointer)
+    for _ in range(20):
+        advance(job.training)
+    save(job)
+    job.close()
+    (folder / "events.jsonl").write_text("")
+    (folder / "recipe.yaml").write_text(recipe.dump_yaml())
 
 
 def with_engine(recipe: Recipe, config: Component, micro_batch: int | None) -> Recipe:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from sixfold.engine.companion import Companion
 from sixfold.engine.config import ConstantScheduleConfig, DeepSpeedConfig, EngineConfig, FSDPConfig, OptimizerConfig
 from sixfold.engine.fsdp import FSDPEngine
 from sixfold.engine.optimizers import build_optimizer
+from sixfold.models.settings import NetworkSettings
 
 Loss = Callable[[nn.Module, Mapping[str, nn.Module], Mapping[str, Tensor]], Tensor]
 """The objective's 0-dimensional sum, from the network in training, the other roles' networks and a batch's fields."""
@@ -112,6 +114,10 @@ def rehearse(
 
 
 def _frozen(specification: RoleSpecification, settings: Component) -> nn.Module:
+    if isinstance(settings, NetworkSettings) and settings.stand_in is not None:
+        module, name = settings.stand_in.split(":")
+        silent: nn.Module = getattr(import_module(module), name)(settings)
+        return silent
     shared = {name: getattr(specification, name) for name in ("engine", "role", "seed", "world")}
     return Companion(NetworkSpecification(network=settings, **shared)).network
 

@@ -44,6 +44,10 @@ class NetworkSettings(Component):
     pretrained: ClassVar[bool] = False
     """Whether the implementation comes with its weights, is built as a plain module, and can only be frozen."""
 
+    stand_in: ClassVar[str | None] = None
+    """Where the class stands, as ``"package.module:attribute"``, that a dry run builds in a pretrained network's place:
+    constructed from the same settings, it needs no weights and returns zeros of the same shapes."""
+
     weights_from: ClassVar[str | None] = None
     """Where the function stands, as ``"package.module:attribute"``, that makes the weights of a network which no recipe
     trains: called as ``make(settings, split)``, where ``split()`` reads the training split's images and labels, it

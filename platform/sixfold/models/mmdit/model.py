@@ -93,8 +93,6 @@ class Stream(nn.Module):
         self, x: Float[Tensor, "n tokens width"], mixed: Float[Tensor, "n tokens width"], parts: tuple[Tensor, ...]
     ) -> Float[Tensor, "n tokens width"]:
         """Add what attention brought, then the MLP."""
-        if self.ends:
-            return x
         _, _, attention_gate, shift, scale, gate = parts
         x = torch.addcmul(x, attention_gate, self.output(mixed))
         hidden = gelu(self.up(modulated_norm(x, shift, scale)), approximate="tanh")
@@ -114,17 +112,17 @@ class JointBlock(nn.Module):
         image: Float[Tensor, "n tokens width"],
         text: Float[Tensor, "n length width"],
         condition: Float[Tensor, "n width"],
-    ) -> tuple[Float[Tensor, "n tokens width"], Float[Tensor, "n length width"]]:
-        """Apply the block; ``condition`` is the embedded condition after its SiLU."""
+    ) -> tuple[Tensor, ...]:
+        """Return the changed image and, except from the last block, text; ``condition`` comes after its SiLU."""
         image_parts, text_parts = self.image.modulate(condition), self.text.modulate(condition)
         pairs = zip(self.image.attended(image, image_parts), self.text.attended(text, text_parts), strict=True)
         query, key, value = (torch.cat(pair, dim=2) for pair in pairs)
         attended = scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(-2)
         patches = image.shape[1]
-        return (
-            self.image.updated(image, attended[:, :patches], image_parts),
-            self.text.updated(text, attended[:, patches:], text_parts),
-        )
+        image = self.image.updated(image, attended[:, :patches], image_parts)
+        if self.text.ends:
+            return (image,)
+        return image, self.text.updated(text, attended[:, patches:], text_parts)
 
 
 class PooledTextEmbedding(nn.Module):
@@ -173,7 +171,8 @@ class MMDiT(Network):
         activated = silu(embedded)
         image, text = self.patches(x), self.text(condition["text"].to(self.text.weight.dtype))
         for block in self.layers:
-            image, text = block(image, text, activated)
+            image, *text_stream = block(image, text, activated)
+            text = text_stream[0] if text_stream else text
         shift, scale = self.modulation(activated)[:, None].chunk(2, dim=-1)
         tokens = self.projection(modulated_norm(image, shift, scale))
         return unpatchify(tokens, self.config.patch_size, self.config.channels, x.shape[-2] // self.config.patch_size)

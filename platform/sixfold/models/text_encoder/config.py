@@ -81,6 +81,7 @@ class HuggingFaceTextConfig(TextEncoderSettings):
 
     implementation: ClassVar[str] = "sixfold.models.text_encoder.hugging_face:load_hugging_face_text"
     pretrained: ClassVar[bool] = True
+    stand_in: ClassVar[str | None] = "sixfold.models.text_encoder.hugging_face:SilentText"
 
     type: Literal["huggingface_text"] = "huggingface_text"
     path: str = Field(min_length=1, description="Folder with config.json, weights and tokenizer (or its sub-folders).")

@@ -91,6 +91,22 @@ class HuggingFaceText(nn.Module):
         return text, made.text_embeds if self.config.pooled_width else None
 
 
+class SilentText(nn.Module):
+    """Zeros in the shapes of an encoder's features, for a dry run without its weights."""
+
+    def __init__(self, config: HuggingFaceTextConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(
+        self, caption: Int64[Tensor, "n length"]
+    ) -> tuple[Float[Tensor, "n tokens width"], Float[Tensor, "n pooled"] | None]:
+        """Return zeros."""
+        config, n = self.config, len(caption)
+        text = torch.zeros(n, config.text_tokens, config.text_width, device=caption.device)
+        return text, text.new_zeros(n, config.pooled_width) if config.pooled_width else None
+
+
 def texts_of(caption: Int64[Tensor, "n length"]) -> list[str]:
     """Return captions as strings; bytes after the first end of text are left out."""
     rows = caption.tolist()
