@@ -19,7 +19,6 @@ from sixfold.objectives.distillation.view import on_path
 from sixfold.paths.predictions import Endpoints
 from sixfold.paths.times import time_at_quantile
 
-
 EMBEDDING = "embedding"
 """Which of a feature network's outputs the heads read."""
 
@@ -78,13 +77,13 @@ class AdversarialDistillation(FewStepObjective):
         """Return the heads' logits, on the features of re-noised latents or of the images themselves."""
         assert self.teacher is not None
         if self.config.features is not None:
-            features = (nets["features"](images)[EMBEDDING],)
+            features: tuple[Tensor, ...] = (nets["features"](images)[EMBEDDING],)
         else:
             time = time_at_quantile(self.config.time, self.teacher.path, random.uniform("distillation/verdict/time"))
             at = self.teacher.path.coefficients(time)
             noise = random.normal("distillation/verdict/noise", images.shape[1:])
             x = on_path(Endpoints(images, noise), at.alpha, at.sigma)
-            features = self.teacher.features(
+            _, features = self.teacher.with_features(
                 nets["teacher"], x, at.alpha, at.sigma, drawn.condition, read_after=self.config.read_after
             )
         verdict: Tensor = nets["discriminator"](features)

@@ -65,27 +65,27 @@ class DistributionMatching(FewStepObjective):
         return self._judges_loss(nets, samples, drawn, random)
 
     def draw_samples(self, nets: Networks, drawn: Drawn, random: PositionRandom) -> Float[Tensor, "n ..."]:
-        """Return what the student draws at one of its steps, from its own earlier steps (backward simulation).
+        """Return what the student draws at one of its steps, from its own earlier ones (backward simulation).
 
-        Gradients reach the last step alone.
+        Gradients reach the last step alone, which is one forward pass whichever step it is of each sample.
         """
         path = self.student.path
-        fractions = [1.0 - step / self.config.steps for step in range(self.config.steps)]
         chosen = random.integers("distillation/step", self.config.steps)
-        noise, samples = drawn.noise, None
-        for number, fraction in enumerate(fractions):
-            time = torch.full_like(drawn.quantile, path.time_data + fraction * (path.time_noise - path.time_data))
-            at = path.coefficients(time)
+        asked, time, samples = drawn.noise, drawn.quantile, None
+        for number in range(self.config.steps):
+            fraction = 1.0 - number / self.config.steps
+            now = torch.full_like(drawn.quantile, path.time_data + fraction * (path.time_noise - path.time_data))
+            at = path.coefficients(now)
+            noise = drawn.noise if number == 0 else random.normal(f"distillation/noise/{number}", asked.shape[1:])
             x = at.broadcast(noise).sigma * noise if samples is None else on_path(Endpoints(samples, noise), *at[:2])
-            found = self.student(nets["denoiser"], x, at.alpha, at.sigma, drawn.condition).data
-            reached = (chosen >= number).reshape(-1, *[1] * (x.ndim - 1))
-            samples = found if samples is None else torch.where(reached, found, samples)
-            if number + 1 < len(fractions):
-                ahead = (chosen > number).reshape(-1, *[1] * (x.ndim - 1))
-                samples = torch.where(ahead, samples.detach(), samples)
-                noise = random.normal(f"distillation/noise/{number + 1}", noise.shape[1:])
-        assert samples is not None, "there is at least one step"
-        return samples
+            here = chosen == number
+            asked = torch.where(here.reshape(-1, *[1] * (x.ndim - 1)), x, asked)
+            time = torch.where(here, now, time)
+            if number + 1 < self.config.steps:
+                with torch.no_grad():
+                    samples = self.student(nets["denoiser"], x, at.alpha, at.sigma, drawn.condition).data
+        at = path.coefficients(time)
+        return self.student(nets["denoiser"], asked, at.alpha, at.sigma, drawn.condition).data
 
     def _student_loss(self, nets: Networks, drawn: Drawn, random: PositionRandom) -> PerSample:
         samples = self.draw_samples(nets, drawn, random)
@@ -99,30 +99,36 @@ class DistributionMatching(FewStepObjective):
         metrics = {"direction": direction.abs().flatten(1).mean(1)}
         if self.config.discriminator is None:
             return PerSample(loss, metrics)
-        verdict = self._verdict(nets, x, alpha, sigma, drawn)
+        _, features = self.fake_score.with_features(
+            nets["fake_score"], x, alpha, sigma, drawn.condition, read_after=self.config.read_after
+        )
+        verdict: Tensor = nets["discriminator"](features).float()
         return PerSample(loss + self.config.student_weight * softplus(-verdict).mean(1), metrics)
 
     def _judges_loss(self, nets: Networks, samples: Tensor, drawn: Drawn, random: PositionRandom) -> PerSample:
+        """Denoising of the samples; with heads, one pass over samples and data that both losses share."""
         view = self.fake_score
         alpha, sigma, noise = self._renoised(drawn, random, "judges")
-        loss = denoising_error(view, nets["fake_score"], Endpoints(samples, noise), alpha, sigma, drawn.condition)
+        ends = Endpoints(samples, noise)
         if self.config.discriminator is None:
-            return PerSample(loss)
-        on_fake = self._verdict(nets, on_path(Endpoints(samples, noise), alpha, sigma), alpha, sigma, drawn)
-        on_real = self._verdict(nets, on_path(Endpoints(drawn.data, noise), alpha, sigma), alpha, sigma, drawn)
+            found = view(nets["fake_score"], on_path(ends, alpha, sigma), alpha, sigma, drawn.condition)
+            return PerSample(denoising_error(view, found, ends, alpha, sigma))
+        x = torch.cat([on_path(ends, alpha, sigma), on_path(Endpoints(drawn.data, noise), alpha, sigma)])
+        twice = {name: torch.cat([value, value]) for name, value in drawn.condition.items()}
+        both, features = view.with_features(
+            nets["fake_score"],
+            x,
+            torch.cat([alpha, alpha]),
+            torch.cat([sigma, sigma]),
+            twice,
+            read_after=self.config.read_after,
+        )
+        found = Endpoints(*(end.chunk(2)[0] for end in both))
+        on_fake, on_real = nets["discriminator"](features).float().chunk(2)
         adversarial = (softplus(on_fake) + softplus(-on_real)).mean(1)
         told_apart = 0.5 * ((on_real > 0).float() + (on_fake < 0).float()).mean(1)
-        return PerSample(loss + self.config.discriminator_weight * adversarial, {"told_apart": told_apart})
-
-    def _verdict(
-        self, nets: Networks, x: Tensor, alpha: Tensor, sigma: Tensor, drawn: Drawn
-    ) -> Float[Tensor, "n verdicts"]:
-        """Return the heads' logits on the fake score's features of x: above 0 is real."""
-        features = self.fake_score.features(
-            nets["fake_score"], x, alpha, sigma, drawn.condition, read_after=self.config.read_after
-        )
-        verdict: Tensor = nets["discriminator"](features)
-        return verdict.float()
+        loss = denoising_error(view, found, ends, alpha, sigma) + self.config.discriminator_weight * adversarial
+        return PerSample(loss, {"told_apart": told_apart})
 
     def _renoised(
         self, drawn: Drawn, random: PositionRandom, purpose: str
@@ -144,10 +150,9 @@ def matching_direction(
 
 
 def denoising_error(
-    view: View, network: Any, ends: Endpoints, alpha: Tensor, sigma: Tensor, condition: Mapping[str, Tensor]
+    view: View, found: Endpoints, ends: Endpoints, alpha: Float[Tensor, " n"], sigma: Float[Tensor, " n"]
 ) -> Float[Tensor, " n"]:
     """Return the squared error of what the network itself predicts, a mean over dimensions."""
-    found = view(network, on_path(ends, alpha, sigma), alpha, sigma, condition)
     at = view.path.coefficients(view.path.time_at(alpha, sigma))
     kind, data_std = view.settings.prediction, view.settings.data_std
     error = express(found, kind, at, data_std) - express(ends, kind, at, data_std)

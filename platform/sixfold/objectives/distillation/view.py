@@ -61,7 +61,7 @@ class View:
         value = network(*asked.seen, condition).to(x.dtype)
         return endpoints_of(value, self.settings.prediction, asked.own, asked.at, self.settings.data_std)
 
-    def features(
+    def with_features(
         self,
         network: Any,
         x: Float[Tensor, "n ..."],
@@ -70,11 +70,12 @@ class View:
         condition: Condition,
         *,
         read_after: Sequence[int],
-    ) -> tuple[Float[Tensor, "n tokens width"], ...]:
-        """Return the network's tokens after the given blocks."""
-        _, hidden = network(*self._asked(x, alpha, sigma).seen, condition, read_after=tuple(read_after))
-        found: tuple[Tensor, ...] = hidden
-        return found
+    ) -> tuple[Endpoints, tuple[Float[Tensor, "n tokens width"], ...]]:
+        """Return the network's beliefs, and its tokens after the given blocks."""
+        asked = self._asked(x, alpha, sigma)
+        value, hidden = network(*asked.seen, condition, read_after=tuple(read_after))
+        kind, data_std = self.settings.prediction, self.settings.data_std
+        return endpoints_of(value.to(x.dtype), kind, asked.own, asked.at, data_std), hidden
 
     def _asked(self, x: Float[Tensor, "n ..."], alpha: Float[Tensor, " n"], sigma: Float[Tensor, " n"]) -> _Asked:
         time = self.path.time_at(alpha, sigma)
