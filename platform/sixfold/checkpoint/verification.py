@@ -56,7 +56,7 @@ def search(store: Store, ranks: Ranks, log: Log, *, step: int | None = None) -> 
             continue
         outcome = _verify(store, committed, ranks)
         if isinstance(outcome, Manifest):
-            if ranks.rank == 0:
+            if ranks.rank == 0 and step is None:
                 _note_stale_latest(store, committed, rejected, log)
             return Candidate(
                 step=committed.step,
