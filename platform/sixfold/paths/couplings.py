@@ -32,7 +32,7 @@ def coupled(
         return noise
     group = positions // config.group
     partner = torch.empty_like(positions)
-    for number in group.unique_consecutive().tolist():
+    for number in torch.unique_consecutive(group).tolist():
         rows = (group == number).nonzero()[:, 0]
         if whole_groups and len(rows) != config.group:
             raise RecipeError.of(

@@ -86,7 +86,7 @@ def integrate(
 
 def _combined(slopes: Sequence[State], weights: Sequence[float]) -> State:
     return tuple(
-        sum(weight * part for weight, part in zip(weights, parts, strict=True) if weight != 0.0)  # type: ignore[misc]  # sum of tensors
+        sum(weight * part for weight, part in zip(weights, parts, strict=True) if weight != 0.0)
         for parts in zip(*slopes, strict=True)
     )
 

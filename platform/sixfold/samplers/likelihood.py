@@ -101,5 +101,5 @@ class Likelihood:
 
 
 def _jvp(field: Callable[[Tensor, Tensor], Tensor], y: Tensor, u: Tensor, tangent: Tensor) -> tuple[Tensor, Tensor]:
-    slope, along = torch.func.jvp(lambda value: field(value, u), (y,), (tangent,))
-    return slope, along
+    pair = torch.func.jvp(lambda value: field(value, u), (y,), (tangent,))
+    return pair[0], pair[1]

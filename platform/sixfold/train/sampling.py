@@ -176,7 +176,7 @@ def _passes(
     """Draw pass by pass, so that an export of any length needs the memory of one."""
     assert recipe.sampling is not None
     sampler: Sampler = recipe.sampling.load()(recipe.sampling, recipe.objective, trained.settings)
-    for numbers in torch.arange(options.count).split(_BATCH):
+    for numbers in torch.split(torch.arange(options.count), _BATCH):
         own = {name: value[numbers] for name, value in conditions.items()}
         request = SampleRequest(seed=options.seed, numbers=numbers, conditions=own, steps=options.steps)
         fields = draw(sampler, trained.networks, request, batch=_BATCH, device=trained.device, latents=info.latents)
@@ -185,13 +185,14 @@ def _passes(
 
 def _write_shards(folder: Path, passes: Iterator[Samples], info: DataInfo) -> list[Path]:
     """Write images, with labels where they were drawn for classes, as a data set that a recipe can train on."""
-    number, classes, shape = 0, (), (0, 0, 0)
+    number, channels, height, width = 0, 0, 0, 0
+    classes: tuple[str, ...] = ()
     with building(BuildOptions(out=folder, val_fraction=0.0)) as work:
         for samples in passes:
             if not samples.are_images:
                 raise UserError.of("shards hold images, this run generates text", where="--shards", fix="leave it out")
             images, labels = samples.fields["image"], samples.conditions.get("label")
-            shape = tuple(images.shape[1:])
+            _, channels, height, width = images.shape
             classes = () if labels is None else info.classes
             for row, image in enumerate(images):
                 members = {"png": encode_png(to_picture(image))}
@@ -200,5 +201,5 @@ def _write_shards(folder: Path, passes: Iterator[Samples], info: DataInfo) -> li
                     members["cls"] = str(label).encode()
                 work.writers[TRAIN].add(f"sample-{number:08d}", members, label=label)
                 number += 1
-        work.finish("images", classes=classes, image_size=(shape[1], shape[2]), channels=shape[0])
+        work.finish("images", classes=classes, image_size=(height, width), channels=channels)
     return sorted(folder.rglob("*.tar"))

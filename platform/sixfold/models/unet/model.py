@@ -88,6 +88,7 @@ class UNet(Network):
         for stage in self.middle:
             hidden = stage(hidden, activated)
         for stage in self.up:
+            assert isinstance(stage, Stage)
             joins = stage.residual.resample is None
             hidden = stage(torch.cat([hidden, made.pop()], dim=1) if joins else hidden, activated)
         result: Tensor = self.leave(silu(self.norm(hidden)))
