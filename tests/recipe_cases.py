@@ -69,7 +69,7 @@ SMALLER = {
 """Overrides that make a step cheap and change nothing in kind: tests take hundreds of steps."""
 
 
-SMALL_DENOISER = ("width=32", "depth=2", "heads=2")
+SMALL_DENOISER = ("width=32", "depth=2", "heads=2", "time_scale=8.0")
 """What the teacher of distilled recipes is, and a student that is no copy of it."""
 
 DISTILLED = {

@@ -46,6 +46,7 @@ class Perceptron(Network):
     def __init__(self, config: PerceptronConfig) -> None:
         super().__init__()
         self.layers = nn.ModuleList(Layer() for _ in range(config.depth))
+        self.last = Linear(WIDTH, WIDTH, tag=normal(WIDTH**-0.5), bias=True)  # in no block: sharded with the root
 
     def blocks(self) -> Iterator[nn.Module]:
         yield from self.layers
@@ -56,7 +57,7 @@ class Perceptron(Network):
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
             x = layer(x)
-        return x
+        return self.last(x)
 
 
 class EveryRole:

@@ -18,7 +18,7 @@ from sixfold.distributed.process_group import ensure_group
 from sixfold.engine.base import NetworkSpecification, network_on_meta, persistent_buffers
 from sixfold.engine.config import DeepSpeedConfig, EngineConfig, FSDPConfig
 from sixfold.engine.contract import Engine, State
-from sixfold.engine.fsdp import initialize_shards, shard
+from sixfold.engine.fsdp import forget_gathered, initialize_shards, shard
 from sixfold.engine.precision import compute_dtype
 from sixfold.engine.sharding import own_part
 from sixfold.models.network import initialize
@@ -57,6 +57,7 @@ class Companion:
         assert self._follows is not None, "a frozen network follows nobody"
         rate = self._decay if decay is None else decay
         assert rate is not None, "a tracking role has a decay"
+        forget_gathered(self.network)
         self._follows.average_into(self._parameters, rate)
         followed = persistent_buffers(self._follows.network)
         for name, value in persistent_buffers(self.network).items():
@@ -65,6 +66,7 @@ class Companion:
     @torch.no_grad()
     def load_full(self, values: Mapping[str, Tensor]) -> None:
         """Take over full parameters and buffers; every rank keeps its part."""
+        forget_gathered(self.network)
         for name, value in {**self._parameters, **persistent_buffers(self.network)}.items():
             place(values[name], value)
 
@@ -80,6 +82,7 @@ class Companion:
     @torch.no_grad()
     def load_checkpoint_state(self, state: State) -> None:
         """Copy a filled template."""
+        forget_gathered(self.network)
         for name, value in self.checkpoint_state().items():
             value.copy_(state[name])
 

@@ -56,6 +56,7 @@ class DeepSpeedEngine:
         deepspeed = _import_deepspeed(specification.world)
         network, tags = network_on_meta(specification)
         settings = runtime_settings(config, specification.world)
+        self._linear = nn.functional.linear
         _materialize(deepspeed, network, settings, specification)
         parameters = dict(network.named_parameters())
         adamw = torch_adamw(optimizer, optimizer.lr, parameters, tags)
@@ -198,7 +199,11 @@ class DeepSpeedEngine:
             yield name, value.detach().cpu().clone()
 
     def close(self) -> None:
-        """Drop DeepSpeed's hooks and everything that holds tensors; the engine is unusable afterwards."""
+        """Drop DeepSpeed's hooks and everything that holds tensors; the engine is unusable afterwards.
+
+        Stage 3 puts a function of its own in the place of torch's linear, for the whole process, and leaves it there.
+        """
+        nn.functional.linear = self._linear
         self._runtime.destroy()
         for owned in ("network", "module", "_runtime", "_zero", "_adam_states", "_fragments", "_averages"):
             delattr(self, owned)

@@ -53,9 +53,14 @@ class FSDPEngine(TorchEngine):
         return self._mesh.ndim == 1 or self._mesh.get_local_rank("replicate") == 0
 
     def _forget_gathered_parameters(self) -> None:
-        for part in self.network.modules():
-            if isinstance(part, FSDPModule):
-                part.reshard()
+        forget_gathered(self.network)
+
+
+def forget_gathered(network: nn.Module) -> None:
+    """Free gathered copies of parameters: what a forward without a backward left would not see its shards change."""
+    for part in network.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
 
 
 def shard(network: Network, mesh: DeviceMesh, config: FSDPConfig, dtype: torch.dtype) -> None:
