@@ -91,7 +91,7 @@ def shard(network: Network, mesh: DeviceMesh, config: FSDPConfig, dtype: torch.d
 def _fix_gradient_dtypes(network: nn.Module) -> None:
     """Have FSDP2 note the dtypes of gradients now: at its first forward the role may be frozen by another's phase.
 
-    It notes them once, from parameters that require gradients at that time; a role noted as frozen could not be trained.
+    It notes them once, from parameters that require gradients then; a role noted as frozen could not be trained.
     """
     network._get_fsdp_state()._lazy_init()  # type: ignore[operator]  # there is no public way
 
