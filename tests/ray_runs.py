@@ -10,7 +10,7 @@ import psutil
 from cluster_jobs import Job, attempts, command_of, losses, wait_for
 from sixfold_launchers import ray_cluster
 
-STEPS = 40
+STEPS = 100
 TWELVE_LANES = ("data.global_batch=12", "data.lanes=12")
 """Lanes that 1, 2, 3, 4, 6 and 12 ranks can share."""
 
@@ -44,6 +44,18 @@ class Nodes:
         """The processes of all ranks, that on the head first."""
         order = [node.pid for node in self.cluster.nodes]
         return sorted(self.processes("ray::RayTrainWorker"), key=lambda process: order.index(os.getsid(process.pid)))
+
+    def wait_for_ranks(self, job, count, other_than=()):
+        """Wait until ``count`` new ranks are there, which is seconds before they train; return them."""
+        old = {process.pid for process in other_than}
+        found = []
+
+        def there():
+            found[:] = [process for process in self.ranks() if process.pid not in old]
+            return len(found) == count
+
+        wait_for(there, f"{count} ranks did not start", 300, job)
+        return found
 
     def drivers(self):
         """The processes that drive jobs: the children that talk to Ray."""

@@ -26,6 +26,7 @@ import ray.train
 from ray._private.state import available_resources_per_node, state
 from ray.train import TrainingFailedError
 from ray.train.backend import Backend, BackendConfig
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
 from ray.train.v2._internal.execution.failure_handling.failure_policy import FailureDecision
@@ -306,7 +307,8 @@ class Budget(DefaultFailurePolicy):
 class Trainer(DataParallelTrainer):
     """Ray Train's trainer with a scaling and a failure policy of our own, which it has no public argument for.
 
-    It starts one process less: placement groups need no cleaner, they end with the driver that they belong to.
+    It starts two processes less: placement groups need no cleaner, they end with the driver that they belong to, and
+    the data plane is our own.
     """
 
     def __init__(self, *, scaling: ScalingPolicy, failures: DefaultFailurePolicy, **arguments: Any) -> None:
@@ -315,7 +317,8 @@ class Trainer(DataParallelTrainer):
 
     def _create_default_callbacks(self) -> list[Any]:
         callbacks = super()._create_default_callbacks()
-        return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
+        spared = (PlacementGroupCleanerCallback, DatasetsCallback)
+        return [callback for callback in callbacks if not isinstance(callback, spared)]
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
         replaced = {"scaling_policy": self._scaling, "failure_policy": self._failures}

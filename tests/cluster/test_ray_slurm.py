@@ -57,11 +57,12 @@ def test_ray_inside_slurm_trains_what_this_machine_trains(slurm_cluster, submit_
 
 def test_a_dead_raylet_and_a_preemption_cost_nothing(slurm_cluster, submit_to_slurm_ray, here):
     job = submit_to_slurm_ray()
-    job.wait_for_step(7, PATIENCE_S)
+    job.wait_for_step(1, PATIENCE_S)
     raylets = [
         each for each in processes_naming(f"/tmp/sfray-{job.cluster_id}-") if "/raylet/raylet" in command_of(each)
     ]
     assert len(raylets) == 2
+    job.wait_for_step(7, PATIENCE_S)
     os.kill(raylets[-1].pid, signal.SIGKILL)
     wait_for(lambda: slurm_cluster.start_now(job.cluster_id), "the job was not requeued", 120, job)
 

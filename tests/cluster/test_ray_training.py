@@ -80,8 +80,8 @@ def test_same_losses_and_records_as_locally_and_no_secret_anywhere(
     (secrets / "STORE_PASSWORD").write_text(SECRET)
     (secrets / "STORE_PASSWORD").chmod(0o600)
     job = submit_to_ray(2, 2, settings=("secrets=[STORE_PASSWORD]", f"secrets_folder={secrets}"))
-    job.wait_for_step(5, PATIENCE_S)
-    (rank, _) = nodes.ranks()
+    rank, _ = nodes.wait_for_ranks(job, 2)
+    job.wait_for_step(1, PATIENCE_S)
     assert f"STORE_PASSWORD={SECRET}".encode() not in Path(f"/proc/{rank.pid}/environ").read_bytes()
     job.wait_until_finished(PATIENCE_S)
 
@@ -102,10 +102,10 @@ def test_same_losses_and_records_as_locally_and_no_secret_anywhere(
 
 def test_killed_rank_and_killed_driver_change_nothing(nodes, submit_to_ray, here):
     job = submit_to_ray(2, 2)
+    ranks, (driver,) = nodes.wait_for_ranks(job, 2), nodes.drivers()
     job.wait_for_step(7, PATIENCE_S)
-    os.kill(nodes.ranks()[1].pid, signal.SIGKILL)
+    os.kill(ranks[1].pid, signal.SIGKILL)
     wait_for_attempt(job, 2, step=4)
-    (driver,) = nodes.drivers()
     os.kill(driver.pid, signal.SIGKILL)
     wait_for_attempt(job, 3)
     job.wait_until_finished(PATIENCE_S)
@@ -119,37 +119,42 @@ def test_killed_rank_and_killed_driver_change_nothing(nodes, submit_to_ray, here
 def test_ranks_follow_the_cluster(nodes, submit_to_ray, here):
     nodes.bring_up(4)
     job = submit_to_ray(2, 4)
+    four = nodes.wait_for_ranks(job, 4)
+    lost = nodes.node_of(four[-1])
     job.wait_for_step(6, PATIENCE_S)
-    assert len(nodes.ranks()) == 4
-    nodes.kill(nodes.node_of(nodes.ranks()[-1]))
-    wait_for_attempt(job, 2, step=3)
-    assert len(nodes.ranks()) == 3
+    nodes.kill(lost)
 
-    leaving = nodes.node_of(nodes.ranks()[-1])
-    with Held(nodes.ranks()):
+    three = nodes.wait_for_ranks(job, 3, other_than=four)
+    leaving = nodes.node_of(three[-1])
+    wait_for_attempt(job, 2, step=3)
+    with Held(three):
         nodes.drain(leaving)
         before = max(losses(job.run))
-    wait_for_attempt(job, 3)
-    assert len(nodes.ranks()) == 2
-    assert attempts(job.run)[2] >= before  # it saved where it stood
 
-    with Held(nodes.ranks()):
+    two = nodes.wait_for_ranks(job, 2, other_than=three)
+    wait_for_attempt(job, 3)
+    assert attempts(job.run)[2] >= before  # it saved where it stood
+    with Held(two):
         nodes.kill(leaving)
         nodes.bring_up(3)
         before = max(losses(job.run))
-    wait_for_attempt(job, 4)
-    assert len(nodes.ranks()) == 3
-    assert attempts(job.run)[3] >= before
-    job.wait_until_finished(PATIENCE_S)
 
+    nodes.wait_for_ranks(job, 3, other_than=two)
+    job.wait_until_finished(PATIENCE_S)
+    assert attempts(job.run)[3] >= before
+    assert len(attempts(job.run)) == 4
     assert losses(job.run) == pytest.approx(losses(here.run), rel=1e-5)
     assert logged_steps(job.run) == list(range(1, STEPS + 1))
 
 
 def test_a_cancelled_job_has_saved_and_goes_on_when_requeued(nodes, submit_to_ray, here):
     job = submit_to_ray(2, 2)
+    ranks = nodes.wait_for_ranks(job, 2)
     job.wait_for_step(7, PATIENCE_S)
-    sixfold("jobs", "cancel", job.id)
+    with Held(ranks):
+        cancelling = subprocess.Popen([sys.executable, "-m", "sixfold.cli.main", "jobs", "cancel", job.id])
+        wait_for((job.run / "request").exists, "nobody was asked to stop", 60, job)
+    assert cancelling.wait(timeout=120) == 0
     assert job.state() == "cancelled"
     stopped_after = max(losses(job.run))
     assert stopped_after < STEPS
