@@ -37,13 +37,15 @@ class Nodes:
 
     def processes(self, title):
         """Processes of the cluster, jobs' included, with a text in their command line."""
-        found = [psutil.Process(pid) for pid in ray_cluster.processes_of(self.cluster)]
-        return [process for process in found if title in command_of(process)]
+        ours = set(ray_cluster.processes_of(self.cluster))
+        return [process for process in psutil.process_iter() if process.pid in ours and title in command_of(process)]
 
     def ranks(self):
         """The processes of all ranks, that on the head first."""
         order = [node.pid for node in self.cluster.nodes]
-        return sorted(self.processes("ray::RayTrainWorker"), key=lambda process: order.index(os.getsid(process.pid)))
+        sessions = {process: session_of(process) for process in self.processes("ray::RayTrainWorker")}
+        living = [process for process, session in sessions.items() if session in order]
+        return sorted(living, key=lambda process: order.index(sessions[process]))
 
     def wait_for_ranks(self, job, count, other_than=()):
         """Wait until ``count`` new ranks are there, which is seconds before they train; return them."""
@@ -85,6 +87,14 @@ class Nodes:
             timeout=60,
             capture_output=True,
         )
+
+
+def session_of(process):
+    """The session of a process; None when it has ended."""
+    try:
+        return os.getsid(process.pid)
+    except ProcessLookupError:
+        return None
 
 
 class Held:
