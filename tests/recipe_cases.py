@@ -73,11 +73,17 @@ SMALL_DENOISER = ("width=32", "depth=2", "heads=2", "time_scale=8.0")
 """What the teacher of distilled recipes is, and a student that is no copy of it."""
 
 DISTILLED = {
-    # far apart: of nearly equal targets only rounding would be left in the difference
-    "distill/consistency-distill-smoke": ("objective.pairs.first_steps=3", "objective.pairs.last_steps=3"),
-    # a copy of its teacher has no tangent but rounding until the term that needs no teacher is there
-    "distill/scm-distill-smoke": ("objective.warmup_fraction=0.0",),
-    "distill/mean-flow-smoke": tuple(f"networks.denoiser.{setting}" for setting in SMALL_DENOISER),
+    # A copy of its teacher has nothing to learn but rounding: guidance makes the teacher want something else.
+    "distill/consistency-distill-smoke": (
+        "objective.pairs.first_steps=3",
+        "objective.pairs.last_steps=3",
+        "objective.teacher_guidance=3.0",
+    ),
+    "distill/scm-distill-smoke": ("objective.warmup_fraction=0.0", "objective.teacher_guidance=3.0"),
+    "distill/mean-flow-smoke": (
+        *(f"networks.denoiser.{setting}" for setting in SMALL_DENOISER),
+        "objective.teacher_guidance=3.0",
+    ),
     "distill/dmd2-smoke": ("networks.discriminator.features=32", "objective.read_after=[0, 1]"),
     "distill/ladd-smoke": ("networks.discriminator.features=32", "objective.read_after=[0, 1]"),
 }

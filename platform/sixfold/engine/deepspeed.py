@@ -37,6 +37,7 @@ from sixfold.models.network import initial_value, reset_buffers
 
 SLOTS = ("exp_avg", "exp_avg_sq")
 _PARAMETER_SHARDING_STAGE = 3
+_LINEAR = nn.functional.linear
 
 
 class DeepSpeedEngine:
@@ -56,7 +57,6 @@ class DeepSpeedEngine:
         deepspeed = _import_deepspeed(specification.world)
         network, tags = network_on_meta(specification)
         settings = runtime_settings(config, specification.world)
-        self._linear = nn.functional.linear
         _materialize(deepspeed, network, settings, specification)
         parameters = dict(network.named_parameters())
         adamw = torch_adamw(optimizer, optimizer.lr, parameters, tags)
@@ -203,7 +203,7 @@ class DeepSpeedEngine:
 
         Stage 3 puts a function of its own in the place of torch's linear, for the whole process, and leaves it there.
         """
-        nn.functional.linear = self._linear
+        nn.functional.linear = _LINEAR
         self._runtime.destroy()
         for owned in ("network", "module", "_runtime", "_zero", "_adam_states", "_fragments", "_averages"):
             delattr(self, owned)
