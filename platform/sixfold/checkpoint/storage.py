@@ -26,6 +26,10 @@ from sixfold.checkpoint.manifest import METADATA, FileRecord, Manifest, Rejected
 from sixfold.checkpoint.staging import FlatState, WritePlan
 from sixfold.checkpoint.store import Store
 
+_BUFFER_BYTES = 1 << 20
+"""Torch writes a tensor in forty pieces. Each hashed by itself would take the interpreter's lock from training forty
+times a tensor."""
+
 
 class _HashingStream(io.RawIOBase):
     """An append-only stream that hashes what passes, and remembers the first failure of the medium."""
@@ -78,8 +82,10 @@ class StoreFiles(FileSystemBase):
         assert mode == "wb", mode
         with self._store.writer(str(path)) as raw:
             hashing = _HashingStream(raw)
+            buffered = io.BufferedWriter(hashing, _BUFFER_BYTES)
             try:
-                yield hashing
+                yield cast(io.IOBase, buffered)
+                buffered.close()  # which torch may have done
             except Exception as error:  # whatever torch's writer makes of a failed write
                 if hashing.failure is None or hashing.failure is error:
                     raise
