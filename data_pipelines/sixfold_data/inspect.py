@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageDraw
 
 from sixfold_data.decode import IMAGE_EXTENSIONS, decode_image
-from sixfold_data.index import Kind, Manifest, SplitIndex, open_split
+from sixfold_data.index import Kind, LatentsEntry, Manifest, SplitIndex, open_split
 from sixfold_data.store import Store
 from sixfold_data.tokenizers import STORAGE_DTYPES, make_tokenizer
 
@@ -91,14 +92,28 @@ def read_pictures(store: Store, manifest: Manifest, split: str, count: int) -> l
 
 
 def _read_picture(store: Store, manifest: Manifest, index: SplitIndex, sample: int) -> Picture:
-    content = _read_member(store, index, sample, IMAGE_EXTENSIONS)
+    content = _read_member(store, index, sample, (*IMAGE_EXTENSIONS, "npy"))
+    pixels = decode_image(content, channels=3) if manifest.latents is None else latent_pixels(content, manifest.latents)
     if index.label is not None and index.label[sample] >= 0:
         title = manifest.classes[index.label[sample]]
-    elif manifest.kind == "image-text":
+    elif "txt" in index.members:
         title = _read_member(store, index, sample, ("txt",)).decode(errors="replace")
     else:
         title = index.key(sample).rpartition("/")[2]
-    return Picture(decode_image(content, channels=3), title)
+    return Picture(pixels, title)
+
+
+def latent_pixels(content: bytes, entry: LatentsEntry) -> UInt8[np.ndarray, "h w 3"]:
+    """Show a latent's first three channels, three standard deviations either way; codes as shades."""
+    values = np.load(io.BytesIO(content), allow_pickle=False).astype(np.float64)
+    if entry.form == "codes":
+        assert entry.codebook_size is not None, "codes come with the size of their codebook"
+        shades = np.broadcast_to(values / entry.codebook_size, (3, *values.shape))
+    else:
+        centre, scale = (np.asarray(numbers)[:, None, None] for numbers in (entry.mean, entry.std))
+        means = (values[: entry.channels] - centre) / (6.0 * scale) + 0.5
+        shades = means[np.arange(3) % entry.channels]
+    return np.round(255.0 * shades.clip(0.0, 1.0)).astype(np.uint8).transpose(1, 2, 0)
 
 
 def read_text(store: Store, manifest: Manifest, split: str, characters: int) -> tuple[str, str]:

@@ -154,3 +154,12 @@ def test_the_command_shares_the_work_among_processes(run, scenes, tmp_path):
     assert torch.equal(there["caption"], here["caption"])
     # Another number of threads may round the codec's convolutions otherwise.
     torch.testing.assert_close(there["latent"], here["latent"], rtol=1e-2, atol=1e-2)
+
+
+def test_latents_can_be_looked_at(run, scenes, tmp_path):
+    encode(run, scenes, tmp_path / "latents")
+    arguments = ["data", "inspect", str(tmp_path / "latents"), "--out", str(tmp_path / "grid.png"), "--count", "4"]
+    done = CliRunner().invoke(build_app(), arguments)
+    assert done.exit_code == 0, done.output
+    assert "latents" in done.output
+    assert (tmp_path / "grid.png").exists()

@@ -7,6 +7,7 @@ but the staging folder.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -129,6 +130,8 @@ def encode_in(staging: Path, *, rank: int = 0, ranks: int = 1, progress: Callabl
 
 def main() -> None:
     """Do this rank's share; leave any error where the launcher looks for it."""
+    # Launchers start ranks with these blocked. A rank may end at any moment here: it loses the piece in hand.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
     folder, rank = RunFolder(Path(sys.argv[1])), int(os.environ.get("RANK", "0"))
     try:
         encode_in(folder.path, rank=rank, ranks=int(os.environ.get("WORLD_SIZE", "1")), progress=lambda samples: None)
