@@ -127,6 +127,9 @@ def _common_arguments(place: Place, profile: SlurmRayProfile, host: str) -> list
         f"--temp-dir={place.temporary}",
         # Nodes of a test cluster are one machine: their agents must not meet at Ray's one default.
         f"--dashboard-agent-listen-port={place.port(_FIRST_AGENT + place.node % _AGENTS)}",
+        # Any free ports: Ray's default range holds those of the job.
+        "--min-worker-port=0",
+        "--max-worker-port=0",
         "--disable-usage-stats",
     ]
 
