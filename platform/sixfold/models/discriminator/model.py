@@ -67,5 +67,5 @@ class PatchDiscriminator(Network):
             assert isinstance(layer, Layer)
             stride = layer.convolution.stride
             height, width = (side // stride if stride > 1 else side - 1 for side in (height, width))
-            total += layer.convolution.flops(height * width)
-        return n * (total + self.output.flops((height - 1) * (width - 1)))
+            total += layer.convolution.flops(float(height * width))
+        return n * (total + self.output.flops(float((height - 1) * (width - 1))))

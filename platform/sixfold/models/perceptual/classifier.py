@@ -67,7 +67,7 @@ class Classifier(Network):
             assert isinstance(convolution, Conv2d)
             if index > 0:
                 height, width = -(-height // 2), -(-width // 2)
-            total += convolution.flops(height * width)
+            total += convolution.flops(float(height * width))
         return n * total
 
 
