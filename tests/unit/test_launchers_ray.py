@@ -160,7 +160,7 @@ def test_too_large_a_snapshot_is_refused_before_it_is_packed(tmp_path, monkeypat
 
 
 def test_a_dead_cluster_is_named_with_the_fix(tmp_path, monkeypatch):
-    with pytest.raises(EnvironmentFault, match="does not answer(.|\n)*ray up"):
+    with pytest.raises(EnvironmentFault, match=r"does not answer(.|\n)*ray up"):
         RayServer("http://127.0.0.1:9", None).nodes()
     monkeypatch.setenv("SIXFOLD_STATE", str(tmp_path))
     with pytest.raises(EnvironmentFault, match="none is up on this machine"):
