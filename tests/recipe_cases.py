@@ -75,8 +75,8 @@ SMALL_DENOISER = ("width=32", "depth=2", "heads=2", "time_scale=8.0")
 DISTILLED = {
     # A copy of its teacher has nothing to learn but rounding: guidance makes the teacher want something else.
     "distill/consistency-distill-smoke": (
-        "objective.pairs.first_steps=3",
-        "objective.pairs.last_steps=3",
+        "objective.pairs.first_steps=2",
+        "objective.pairs.last_steps=2",
         "objective.teacher_guidance=3.0",
     ),
     "distill/scm-distill-smoke": ("objective.warmup_fraction=0.0", "objective.teacher_guidance=3.0"),

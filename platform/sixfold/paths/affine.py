@@ -25,6 +25,10 @@ class Coefficients(NamedTuple):
     alpha_rate: Float[Tensor, "..."]
     sigma_rate: Float[Tensor, "..."]
 
+    def to(self, like: Tensor) -> Coefficients:
+        """Return the coefficients in the type, and on the device, of another tensor."""
+        return Coefficients(*(value.to(like) for value in self))
+
     def broadcast(self, like: Float[Tensor, "n ..."]) -> Coefficients:
         """Append singleton dimensions so that coefficients ``[n]`` multiply a tensor ``[n, ...]``."""
         return Coefficients(*(value.reshape(-1, *[1] * (like.ndim - 1)) for value in self))

@@ -79,7 +79,9 @@ class AdversarialDistillation(FewStepObjective):
         if self.config.features is not None:
             features: tuple[Tensor, ...] = (nets["features"](images)[EMBEDDING],)
         else:
-            time = time_at_quantile(self.config.time, self.teacher.path, random.uniform("distillation/verdict/time"))
+            time = time_at_quantile(
+                self.config.time, self.teacher.path, random.uniform("distillation/verdict/time").double()
+            )
             at = self.teacher.path.coefficients(time)
             noise = random.normal("distillation/verdict/noise", images.shape[1:])
             x = on_path(Endpoints(images, noise), at.alpha, at.sigma)
@@ -107,9 +109,9 @@ class AdversarialDistillation(FewStepObjective):
         if self.config.distillation_weight == 0.0:
             return samples.new_zeros(len(samples))
         path = self.teacher.path
-        fraction = random.uniform("distillation/teacher/time")
+        fraction = random.uniform("distillation/teacher/time").double()
         at = path.coefficients(path.time_data + (path.time_noise - path.time_data) * fraction)
         noise = random.normal("distillation/teacher/noise", samples.shape[1:])
         x = on_path(Endpoints(samples.detach(), noise), at.alpha, at.sigma)
         believed = self.teach(nets, x, at.alpha, at.sigma, drawn).data
-        return at.alpha * (samples - believed).square().flatten(1).mean(1)
+        return at.alpha.to(samples) * (samples - believed).square().flatten(1).mean(1)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from sixfold.distributed.randomness import PositionRandom
@@ -17,7 +17,7 @@ from sixfold.objectives.conditioning.conditioning import Conditioning
 from sixfold.objectives.contract import Batch, LossTerms, Networks, Phase, Progress, Role, Sum
 from sixfold.objectives.denoising.objective import denoiser_config
 from sixfold.objectives.distillation.settings import FewStepSettings
-from sixfold.objectives.distillation.view import Condition, View
+from sixfold.objectives.distillation.view import Condition, View, on_path
 from sixfold.objectives.latents import clean_data
 from sixfold.objectives.stratification import stratified_quantiles
 from sixfold.paths.predictions import Endpoints
@@ -29,14 +29,14 @@ class Drawn(NamedTuple):
     Attributes:
         data: clean images or latents.
         noise: standard normal noise of their shape.
-        quantile: uniform in (0, 1): which time.
+        quantile: uniform in (0, 1), in fp64: which time.
         condition: what the networks are conditioned on, dropped at random.
         null: the same, absent.
     """
 
     data: Float[Tensor, "n ..."]
     noise: Float[Tensor, "n ..."]
-    quantile: Float[Tensor, " n"]
+    quantile: Float64[Tensor, " n"]
     condition: Condition
     null: Condition
 
@@ -101,10 +101,10 @@ class FewStepObjective(ABC):
         A few-step loss has moving targets and says little by itself. This one is fixed: from x at stratified times, the
         squared distance between the student's belief about the data and the data, which denoising would minimise.
         """
-        drawn = self._draw(nets, batch, random)._replace(quantile=stratified_quantiles(batch.positions))
+        drawn = self._draw(nets, batch, random)._replace(quantile=stratified_quantiles(batch.positions).double())
         path = self.student.path
         at = path.coefficients(path.time_data + (path.time_noise - path.time_data) * drawn.quantile)
-        x = at.broadcast(drawn.data).alpha * drawn.data + at.broadcast(drawn.data).sigma * drawn.noise
+        x = on_path(Endpoints(drawn.data, drawn.noise), at.alpha, at.sigma)
         believed = self.student(nets["denoiser"], x, at.alpha, at.sigma, drawn.condition)
         error = (believed.data - drawn.data).square().flatten(1).mean(1)
         return {"loss": Sum(error.sum(), torch.tensor(float(len(error)), device=error.device))}
@@ -132,7 +132,7 @@ class FewStepObjective(ABC):
         return Drawn(
             data=data,
             noise=random.normal("distillation/noise", data.shape[1:]),
-            quantile=random.uniform("distillation/time"),
+            quantile=random.uniform("distillation/time").double(),
             condition=self.conditioning.encode(nets, inputs),
             null=self.conditioning.encode(nets, absent),
         )

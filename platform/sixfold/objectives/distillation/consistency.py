@@ -75,7 +75,8 @@ class Consistency(FewStepObjective):
             network = nets["denoiser" if self.config.target_decay is None else "target"]
             target = self.student(network, nearer, clean.alpha, clean.sigma, condition).data
         distance = self._distance(found, target)
-        weight = 1.0 / (pair.noisy - pair.clean) if self.config.weighting == "inverse_gap" else 1.0
+        gap = (pair.noisy - pair.clean).to(distance)
+        weight = 1.0 / gap if self.config.weighting == "inverse_gap" else 1.0
         return PerSample(weight * distance, {"distance": distance})
 
     def _solve(
@@ -88,7 +89,7 @@ class Consistency(FewStepObjective):
         scale: float | Float[Tensor, " n"],
     ) -> Float[Tensor, "n ..."]:
         """Follow the teacher's probability flow from one time to another: dx = x0hat d(alpha) + ehat d(sigma)."""
-        change = [(b - a).reshape(-1, *[1] * (x.ndim - 1)) for a, b in zip(start[:2], stop[:2], strict=True)]
+        change = [(b - a).to(x).reshape(-1, *[1] * (x.ndim - 1)) for a, b in zip(start[:2], stop[:2], strict=True)]
         here = self.teach(nets, x, start.alpha, start.sigma, drawn, scale)
         step = change[0] * here.data + change[1] * here.noise
         if self.config.solver == "heun":

@@ -77,7 +77,8 @@ class DistributionMatching(FewStepObjective):
             now = torch.full_like(drawn.quantile, path.time_data + fraction * (path.time_noise - path.time_data))
             at = path.coefficients(now)
             noise = drawn.noise if number == 0 else random.normal(f"distillation/noise/{number}", asked.shape[1:])
-            x = at.broadcast(noise).sigma * noise if samples is None else on_path(Endpoints(samples, noise), *at[:2])
+            start = torch.zeros_like(noise) if samples is None else samples  # pure noise, whatever the path calls alpha
+            x = on_path(Endpoints(start, noise), at.alpha, at.sigma)
             here = chosen == number
             asked = torch.where(here.reshape(-1, *[1] * (x.ndim - 1)), x, asked)
             time = torch.where(here, now, time)
@@ -135,7 +136,7 @@ class DistributionMatching(FewStepObjective):
     ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"], Float[Tensor, "n ..."]]:
         """Return a time of the teacher's path as (alpha, sigma), and fresh noise."""
         path, (low, high) = self.fake_score.path, self.config.noise_range
-        fraction = low + (high - low) * random.uniform(f"distillation/{purpose}/time")
+        fraction = low + (high - low) * random.uniform(f"distillation/{purpose}/time").double()
         at = path.coefficients(path.time_data + fraction * (path.time_noise - path.time_data))
         return at.alpha, at.sigma, random.normal(f"distillation/{purpose}/noise", drawn.data.shape[1:])
 
@@ -153,7 +154,7 @@ def denoising_error(
     view: View, found: Endpoints, ends: Endpoints, alpha: Float[Tensor, " n"], sigma: Float[Tensor, " n"]
 ) -> Float[Tensor, " n"]:
     """Return the squared error of what the network itself predicts, a mean over dimensions."""
-    at = view.path.coefficients(view.path.time_at(alpha, sigma))
+    at = view.path.coefficients(view.path.time_at(alpha, sigma)).to(ends.data)
     kind, data_std = view.settings.prediction, view.settings.data_std
     error = express(found, kind, at, data_std) - express(ends, kind, at, data_std)
     return error.square().flatten(1).mean(1)

@@ -41,7 +41,7 @@ class MeanFlow(FewStepObjective):
 
     def loss(self, nets: Networks, drawn: Drawn, phase: Phase, random: PositionRandom) -> PerSample:
         """Return the weighted squared error of each sample."""
-        stop, time = self._interval(drawn, random)
+        stop, time = (end.to(drawn.data) for end in self._interval(drawn, random))
         x = on_path(Endpoints(drawn.data, drawn.noise), 1.0 - time, time)
         velocity = self._velocity(nets, x, time, drawn)
 
@@ -60,7 +60,7 @@ class MeanFlow(FewStepObjective):
         """Return r <= t; equal for a part of the samples."""
         ends = [
             time_at_quantile(self.config.time, self.student.path, quantile)
-            for quantile in (drawn.quantile, random.uniform("distillation/stop"))
+            for quantile in (drawn.quantile, random.uniform("distillation/stop").double())
         ]
         time, stop = torch.maximum(*ends), torch.minimum(*ends)
         empty = random.uniform("distillation/empty") < self.config.instantaneous_fraction

@@ -31,7 +31,8 @@ class Reflow(FewStepObjective):
     def loss(self, nets: Networks, drawn: Drawn, phase: Phase, random: PositionRandom) -> PerSample:
         """Return the squared error of each sample's prediction."""
         ends = Endpoints(self._carried(nets, drawn), drawn.noise)
-        at = self.student.path.coefficients(time_at_quantile(self.config.time, self.student.path, drawn.quantile))
+        time = time_at_quantile(self.config.time, self.student.path, drawn.quantile)
+        at = self.student.path.coefficients(time).to(drawn.data)
         found = self.student(nets["denoiser"], on_path(ends, at.alpha, at.sigma), at.alpha, at.sigma, drawn.condition)
         kind, data_std = self.student.settings.prediction, self.student.settings.data_std
         error = express(found, kind, at, data_std) - express(ends, kind, at, data_std)
@@ -43,7 +44,7 @@ class Reflow(FewStepObjective):
         assert self.teacher is not None
         path = self.teacher.path
         times = torch.linspace(path.time_noise, path.time_data, self.config.solver_steps + 1, dtype=torch.float64)
-        knots = path.coefficients(times.to(drawn.quantile))
+        knots = path.coefficients(times.to(drawn.quantile.device))
         x = knots.sigma[0] * drawn.noise
         for step in range(self.config.solver_steps):
             (alpha, next_alpha), (sigma, next_sigma) = (part[step : step + 2].unbind() for part in knots[:2])
@@ -81,7 +82,7 @@ class Progressive(FewStepObjective):
             target = implied_data(x, end, start=start[:2], stop=stop[:2])
         found = self.student(nets["denoiser"], x, start.alpha, start.sigma, drawn.condition).data
         weight = (start.alpha / start.sigma).square().clamp(min=1.0)
-        return PerSample(weight * (found - target).square().flatten(1).mean(1))
+        return PerSample(weight.to(found) * (found - target).square().flatten(1).mean(1))
 
 
 def implied_data(
@@ -89,8 +90,8 @@ def implied_data(
 ) -> Float[Tensor, "n ..."]:
     """Return the x0 for which one DDIM step from ``x`` at ``start`` = (alpha, sigma) ends in ``end`` at ``stop``."""
     shape = (-1, *[1] * (x.ndim - 1))
-    ratio = (stop[1] / start[1]).reshape(shape)
-    return (end - ratio * x) / (stop[0].reshape(shape) - ratio * start[0].reshape(shape))
+    ratio = (stop[1] / start[1]).to(x).reshape(shape)
+    return (end - ratio * x) / ((stop[0] - stop[1] / start[1] * start[0]).to(x).reshape(shape))
 
 
 def _everywhere(value: Tensor, x: Tensor) -> Tensor:

@@ -41,6 +41,8 @@ class TrigFlowConsistency(FewStepObjective):
         def velocity(x: Tensor, angle: Tensor) -> Tensor:
             return trigonometric_velocity(self.student, nets["denoiser"], x, angle, drawn.condition)
 
+        angle = angle.to(x.dtype)
+
         with torch.no_grad():
             tangent = self._tangent(velocity, x, angle, velocity_of(ends, angle, data_std), phase.done)
         found = velocity(x, angle)
@@ -53,9 +55,9 @@ class TrigFlowConsistency(FewStepObjective):
         """Return g / (|g| + c); ``driven`` is the velocity of the trajectory over sd."""
         data_std = self.student.settings.data_std
         wide = angle.reshape(-1, *[1] * (x.ndim - 1))
-        cos, sin = torch.cos(wide), torch.sin(wide)
+        cos, sin = (part.to(x) for part in (torch.cos(wide.double()), torch.sin(wide.double())))
         # cos(t) sin(t) dF/dt as one derivative along scaled directions: near pure noise it stays finite.
-        directions = (cos * sin * data_std * driven, torch.cos(angle) * torch.sin(angle))
+        directions = (cos * sin * data_std * driven, (cos * sin).flatten())
         held, change = directional_derivative(velocity, (x, angle), directions)
         faded_in = min(1.0, done / self.config.warmup_fraction) if self.config.warmup_fraction > 0 else 1.0
         tangent = consistency_tangent(
@@ -95,5 +97,6 @@ def trigonometric_velocity(
 ) -> Float[Tensor, "n ..."]:
     """Return F at x of TrigFlow's path, from a network of any path and prediction."""
     data_std = view.settings.data_std
+    angle = angle.double()
     ends = view(network, x, torch.cos(angle), data_std * torch.sin(angle), condition)  # type: ignore[arg-type]
     return velocity_of(ends, angle, data_std)

@@ -78,11 +78,14 @@ class View:
         return endpoints_of(value.to(x.dtype), kind, asked.own, asked.at, data_std), hidden
 
     def _asked(self, x: Float[Tensor, "n ..."], alpha: Float[Tensor, " n"], sigma: Float[Tensor, " n"]) -> _Asked:
+        # Of one number a sample, in fp64: the last bit of a time would depend on how many samples are computed at once.
+        alpha, sigma = alpha.double(), sigma.double()
         time = self.path.time_at(alpha, sigma)
-        at = self.path.coefficients(time)
-        scale = torch.hypot(at.alpha, at.sigma) / torch.hypot(alpha, sigma)
-        own = x * scale.reshape(-1, *[1] * (x.ndim - 1))
-        seen = network_input(own, time, at, self.settings.prediction, self.settings.data_std)
+        exact = self.path.coefficients(time)
+        scale = torch.hypot(exact.alpha, exact.sigma) / torch.hypot(alpha, sigma)
+        own = x * scale.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+        at = exact.to(x)
+        seen = network_input(own, time.to(x.dtype), at, self.settings.prediction, self.settings.data_std)
         return _Asked(own=own, at=at, seen=seen)
 
     def guided(
@@ -107,6 +110,7 @@ class View:
 
 
 def on_path(ends: Endpoints, alpha: Float[Tensor, " n"], sigma: Float[Tensor, " n"]) -> Float[Tensor, "n ..."]:
-    """Return alpha x0 + sigma e."""
-    shape = (-1, *[1] * (ends.data.ndim - 1))
-    return alpha.reshape(shape) * ends.data + sigma.reshape(shape) * ends.noise
+    """Return alpha x0 + sigma e, in the type of x0."""
+    like = ends.data
+    wide = (value.to(like.dtype).reshape(-1, *[1] * (like.ndim - 1)) for value in (alpha, sigma))
+    return next(wide) * ends.data + next(wide) * ends.noise
