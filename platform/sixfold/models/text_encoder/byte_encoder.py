@@ -6,14 +6,30 @@ from collections.abc import Iterator
 
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
-from torch.nn.functional import embedding, gelu, scaled_dot_product_attention
+from torch.nn.functional import embedding, gelu, pad, scaled_dot_product_attention
 
 from sixfold.models.network import Linear, Network, ParameterTag, normal, parameter
 from sixfold.models.normalization import RMSNorm
 from sixfold.models.text_encoder.config import END_OF_TEXT, VOCABULARY, ByteTextEncoderConfig
 
 _EPSILON = 1e-6
-_EMBEDDED = ParameterTag(init="normal", scale=0.02)
+_EMBEDDED = ParameterTag(init="normal", scale=0.1)
+
+
+class Stem(nn.Module):
+    """x += GELU(convolution of RMSNorm(x)), over a few neighbouring bytes."""
+
+    def __init__(self, config: ByteTextEncoderConfig) -> None:
+        super().__init__()
+        self.reach, fan_in = config.stem // 2, config.stem * config.width
+        self.norm = RMSNorm(config.width, _EPSILON)
+        self.projection = Linear(fan_in, config.width, tag=normal(fan_in**-0.5))
+
+    def forward(self, x: Float[Tensor, "n length width"]) -> Float[Tensor, "n length width"]:
+        """Join neighbours; beyond either end there is nothing."""
+        windows = pad(self.norm(x), (0, 0, self.reach, self.reach)).unfold(1, 2 * self.reach + 1, 1)
+        joined: Tensor = self.projection(windows.flatten(2))
+        return x + gelu(joined, approximate="tanh")
 
 
 class EncoderBlock(nn.Module):
@@ -55,6 +71,7 @@ class ByteTextEncoder(Network):
         self.config = config
         self.bytes = parameter(VOCABULARY, config.width, tag=_EMBEDDED)
         self.positions = parameter(config.length, config.width, tag=_EMBEDDED)
+        self.stem = Stem(config) if config.stem > 1 else None
         self.layers = nn.ModuleList(EncoderBlock(config) for _ in range(config.depth))
         self.norm = RMSNorm(config.width, _EPSILON)
 
@@ -68,7 +85,8 @@ class ByteTextEncoder(Network):
         ended = (caption == END_OF_TEXT).cumsum(dim=1)
         inside = (ended - (caption == END_OF_TEXT).long()) == 0
         visible = inside[:, None, None, :]
-        x = embedding(caption, self.bytes) + self.positions
+        x = embedding(caption, self.bytes) * inside[:, :, None]
+        x = (x if self.stem is None else self.stem(x)) + self.positions
         for block in self.layers:
             x = block(x, visible)
         kept = self.norm(x) * inside[:, :, None]
@@ -84,4 +102,5 @@ class ByteTextEncoder(Network):
         config, width = self.config, self.config.width
         n = next(iter(batch_fields.values()))[0]
         token_maps = 4 * width * width + 2 * width * int(width * config.mlp_ratio)
-        return 2.0 * n * config.depth * config.length * (token_maps + 2 * width * config.length)
+        stem = config.stem * width * width if config.stem > 1 else 0
+        return 2.0 * n * config.length * (config.depth * (token_maps + 2 * width * config.length) + stem)

@@ -35,7 +35,10 @@ class TextEncoderSettings(NetworkSettings):
 
 
 class ByteTextEncoderConfig(TextEncoderSettings):
-    """Transformer over a caption's bytes, each of which sees all others; pooled by their mean."""
+    """Transformer over a caption's bytes, each of which sees all others; pooled by their mean.
+
+    Attention by absolute positions must learn each word at each place it stands; a short convolution learns it once.
+    """
 
     implementation: ClassVar[str] = "sixfold.models.text_encoder.byte_encoder:ByteTextEncoder"
 
@@ -44,6 +47,12 @@ class ByteTextEncoderConfig(TextEncoderSettings):
     width: int = Field(ge=2, description="Width of the residual stream and of both outputs.")
     depth: int = Field(ge=1, description="Number of blocks.")
     heads: int = Field(ge=1, description="Attention heads.")
+    stem: int = Field(
+        default=7,
+        ge=1,
+        description="Neighbouring bytes that a convolution joins first, so that words are known wherever they stand; "
+        "odd, 1: none.",
+    )
     merge: int = Field(default=1, ge=1, description="Neighbouring bytes whose outputs become one text token.")
     mlp_ratio: float = Field(default=4.0, gt=0, description="Hidden width of the MLP over `width`.")
 
@@ -71,6 +80,8 @@ class ByteTextEncoderConfig(TextEncoderSettings):
     def _check(self) -> ByteTextEncoderConfig:
         if self.width % self.heads:
             raise ValueError(f"width must be divisible by heads, got {self.width} and {self.heads}; change heads")
+        if self.stem % 2 == 0:
+            raise ValueError(f"stem must be odd, so that it reaches as far to both sides, got {self.stem}; add 1")
         if self.length % self.merge:
             raise ValueError(f"length must be divisible by merge, got {self.length} and {self.merge}; change one")
         return self
