@@ -21,7 +21,7 @@ from typing import Any
 from sixfold.errors import EnvironmentFault, UserError
 
 MAX_PACKAGE_BYTES = 512 << 20  # Ray refuses larger ones
-_TIMEOUT_S = 30.0
+_TIMEOUT_S = 90.0  # a job server answers a submission once an agent has taken the job
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest a zip can name: equal trees make equal packages
 
 
