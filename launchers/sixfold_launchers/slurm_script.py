@@ -29,8 +29,9 @@ def job_name(spec: JobSpec) -> str:
 def header(profile: SlurmAllocation, spec: JobSpec, own: Sequence[tuple[str, str | None]]) -> str:
     """The ``#SBATCH`` lines of an allocation, with a launcher's own options.
 
-    The job starts from a clean environment (``--export=NONE``): what the submitter's shell holds, secrets included, is
-    neither kept by the controller nor seen by the ranks.
+    The job starts without the submitter's environment (``--export=NIL``): what that shell holds, secrets included, is
+    neither kept by the controller nor seen by the ranks. The script's own login shell brings back what sites set up,
+    such as ``module``; with ``--export=NONE`` Slurm would run one before the script, and take a slow one for lost.
     """
     log = spec.logs / ("%A_%a.out" if len(spec.runs) > 1 else "%j.out")
     options: list[tuple[str, str | None]] = [
@@ -38,7 +39,7 @@ def header(profile: SlurmAllocation, spec: JobSpec, own: Sequence[tuple[str, str
         ("chdir", str(spec.directory)),
         ("output", str(log)),
         ("open-mode", "append"),
-        ("export", "NONE"),
+        ("export", "NIL"),
         ("nodes", str(profile.nodes)),
         *own,
         ("gpus-per-node", str(profile.gpus_per_node) if profile.gpus_per_node else None),
@@ -52,7 +53,7 @@ def header(profile: SlurmAllocation, spec: JobSpec, own: Sequence[tuple[str, str
     lines = [f"#SBATCH --{name}={shlex.quote(value)}" for name, value in options if value is not None]
     lines.append(f"#SBATCH --{'requeue' if profile.requeue else 'no-requeue'}")
     lines.extend(_extra(profile))
-    return "\n".join(["#!/bin/bash", *lines])
+    return "\n".join(["#!/bin/bash -l", *lines])
 
 
 def _extra(profile: SlurmAllocation) -> Iterator[str]:
