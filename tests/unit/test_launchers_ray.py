@@ -9,13 +9,14 @@ from io import BytesIO
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sixfold.errors import EnvironmentFault, RecipeError, UserError
 from sixfold_launchers import ray_cluster, ray_server
 from sixfold_launchers.contract import JobSpec, RunSpec, launcher_of
 from sixfold_launchers.profile_files import load_profile
+from sixfold_launchers.profiles import ElasticRanks, RayProfile
 from sixfold_launchers.ray_cluster import RayCluster, RayNode, node_arguments
 from sixfold_launchers.ray_jobs import room_faults
 from sixfold_launchers.ray_node import Place, head_arguments, worker_arguments
@@ -64,10 +65,11 @@ def test_an_order_comes_back_from_its_file(tmp_path):
         Order.read(tmp_path / "elsewhere" / "ray.json")
 
 
+@settings(deadline=None)
 @given(lanes=st.integers(1, 96), bounds=st.tuples(st.integers(1, 20), st.integers(1, 20)), room=st.integers(0, 40))
 def test_ranks_divide_the_lanes_and_fill_the_room(lanes, bounds, room):
     low, high = sorted(bounds)
-    profile = load_profile("ray", [f"ranks.minimum={low}", f"ranks.maximum={high}"]).profile
+    profile = RayProfile(type="ray", ranks=ElasticRanks(minimum=low, maximum=high))
     possible = [number for number in range(low, high + 1) if lanes % number == 0]
     if not possible:
         with pytest.raises(RecipeError, match=f"divides {lanes} lanes"):
