@@ -79,7 +79,7 @@ def _decode_alike(layout: _Layout, contents: Sequence[bytes]) -> list[np.ndarray
         rows[number] = 0
         damaged[number] = DamagedPng("a row has an unknown filter")
     size = (layout.width, len(contents) * (layout.height + 1))
-    tall = Image.frombytes(layout.mode, size, zlib.compress(rows, 0), "zip", layout.mode)
+    tall = Image.frombytes(layout.mode, size, zlib.compress(rows.tobytes(), 0), "zip", layout.mode)
     pixels = np.frombuffer(tall.tobytes(), dtype=np.uint8)
     stacked = pixels.reshape(len(contents), layout.height + 1, layout.width, len(layout.mode))[:, 1:]
     return [damaged.get(number, stacked[number]) for number in range(len(contents))]

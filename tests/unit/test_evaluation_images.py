@@ -1,4 +1,4 @@
-"""Metrics of samples on real digits: the classifier, kept references, the gate's behaviour, refusals, the picture grid."""
+"""Metrics of samples on real digits: the classifier, kept references, the gate, refusals, the picture grid."""
 
 from dataclasses import dataclass, replace
 
@@ -119,7 +119,7 @@ def test_results_are_tabled_with_their_sample_size_and_logged_with_their_margins
     values, rows = logged(estimates), {row[0]: row for row in table_rows(estimates)}
     assert values["val/fd"] == estimates[0].value
     assert values["val/fd_margin"] == estimates[0].margin
-    name, value, interval, better, samples, reference, space = rows["fd"]
+    _, value, interval, better, samples, reference, space = rows["fd"]
     low, high = (float(end) for end in interval.split(" to "))
     assert low < float(value) < high
     assert (better, samples, reference, space) == ("lower", "360", "1,437", "classifier")

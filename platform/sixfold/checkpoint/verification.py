@@ -41,9 +41,9 @@ def newest_verified(location: Path | str, log: Log, *, step: int | None = None) 
 
 
 def search(store: Store, ranks: Ranks, log: Log, *, step: int | None = None) -> Candidate | None:
-    """Return the newest checkpoint (of the given ``step``, if one is) whose every file hashes to what its manifest says (a collective).
+    """Return the newest checkpoint whose every file hashes to what its manifest says (a collective).
 
-    The ranks share the hashing and agree on the outcome. ``log`` is called on rank 0 for every checkpoint that is
+    Only one of the given ``step`` counts, if one is given. The ranks share the hashing and agree on the outcome. ``log`` is called on rank 0 for every checkpoint that is
     passed over, with the reason.
 
     Raises:

@@ -151,7 +151,7 @@ class MuonConfig(Config):
         default=4,
         ge=1,
         le=8,
-        description="Iterations of the orthogonalisation; each extends the range of singular values it evens out by 4.2.",
+        description="Iterations of the orthogonalisation; each evens out a 4.2 times wider range of singular values.",
     )
     adamw: MuonAdamWSettings = Field(
         default_factory=MuonAdamWSettings, description="Settings of the parameters that are no hidden matrices."

@@ -201,7 +201,9 @@ class _Lineage:
             return
         facts = {"key": stage.key, "folder": str(stage.folder), "inputs": json.dumps(dict(stage.inputs))}
         try:
-            record_stage(self._config, self._parent, stage=stage.name, facts=facts, seconds=seconds, folder=stage.folder)
+            record_stage(
+                self._config, self._parent, stage=stage.name, facts=facts, seconds=seconds, folder=stage.folder
+            )
         except Exception as error:  # as above
             self._say(f"stage {stage.name} is not recorded in MLflow: {error}")
 

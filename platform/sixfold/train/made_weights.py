@@ -39,7 +39,7 @@ def make_weights(settings: NetworkSettings, data: DataConfig, *, cache: Path | N
             made = _read_or_make(settings, data, cache)
         except SixfoldError as error:  # all ranks raise it, for none may wait for weights that never come
             made = _Failure(type(error), tuple(error.faults))
-    result = broadcast_object(made)
+    result: dict[str, Tensor] | _Failure = broadcast_object(made)  # type: ignore[assignment]  # rank 0 made one of both
     if isinstance(result, _Failure):
         raise result.kind(*result.faults)
     return result

@@ -193,4 +193,4 @@ def ways_of(reference: str, find: Callable[[str], Path], *, sampler: str | None,
     told = bool(name) and all(part.isdecimal() and int(part) > 0 for part in numbers.split(","))
     steps: list[int | None] = [int(part) for part in numbers.split(",")] if told else [None]
     base = Way(run=find(name if told else reference), sampler=sampler)
-    return [replace(base, steps=count, guidance=scale) for count in steps for scale in guidances or [None]]
+    return [replace(base, steps=count, guidance=scale) for count in steps for scale in (guidances or (None,))]

@@ -53,7 +53,7 @@ class CellAttention(nn.Module):
         cells = self.norm(x).flatten(2).transpose(1, 2)
         query, key, value = (part(cells)[:, None] for part in (self.query, self.key, self.value))
         mixed: Tensor = self.output(scaled_dot_product_attention(query, key, value)[:, 0])
-        return x + mixed.transpose(1, 2).unflatten(2, x.shape[2:])
+        return x + mixed.transpose(1, 2).reshape(x.shape)
 
     def flops(self, cells: float) -> float:
         """FLOPs of one map of this many cells: four maps, and the two products of attention."""
@@ -132,7 +132,8 @@ class ChannelToSpace(nn.Module):
 
 def average_channels(x: Float[Tensor, "n c h w"], channels: int) -> Float[Tensor, "n channels h w"]:
     """Means of consecutive groups of channels: the shortcut where their number falls."""
-    return x.unflatten(1, (channels, -1)).mean(2)
+    n, _, height, width = x.shape
+    return x.reshape(n, channels, -1, height, width).mean(2)
 
 
 def repeat_channels(x: Float[Tensor, "n c h w"], channels: int) -> Float[Tensor, "n channels h w"]:

@@ -60,4 +60,5 @@ class PatchDiscriminatorConfig(NetworkSettings):
     @property
     def patches(self) -> int:
         """Logits along one side of an image."""
-        return self.image_size // 2**self.layers - 2
+        patches: int = self.image_size // 2**self.layers - 2
+        return patches

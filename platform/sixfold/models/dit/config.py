@@ -32,7 +32,7 @@ class DiTConfig(NetworkSettings):
     scalars: tuple[str, ...] = Field(
         default=(),
         strict=False,
-        description="Further numbers it is conditioned on, embedded like the time: interval (mean flow), guidance (LCM).",
+        description="Further numbers it is told, embedded like the time: interval (mean flow), guidance (LCM).",
     )
     time_frequencies: int = Field(default=256, ge=2, description="Width of the sinusoidal embedding of time.")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float
@@ -23,7 +24,7 @@ class Head(nn.Module):
         widths = [config.features, *[config.width] * config.depth]
         self.hidden = nn.ModuleList(
             Linear(fan_in, fan_out, tag=normal((2.0 / fan_in) ** 0.5), bias=True)
-            for fan_in, fan_out in zip(widths, widths[1:], strict=False)
+            for fan_in, fan_out in pairwise(widths)
         )
         self.verdict = Linear(config.width, 1, tag=normal(config.width**-0.5), bias=True)
 

@@ -216,11 +216,12 @@ class _Judgement:
 def adaptive_weight(gradient: Float[Tensor, "n c h w"], adversarial: Float[Tensor, "n c h w"]) -> Float[Tensor, " n"]:
     """|gradient| / |adversarial|, clamped, for each sample: by it both pull at a reconstruction alike."""
     norms = [value.flatten(1).norm(dim=1) for value in (gradient, adversarial)]
-    return (norms[0] / (norms[1] + _EPSILON)).clamp(max=_LARGEST_ADAPTIVE_WEIGHT)
+    weight: Tensor = (norms[0] / (norms[1] + _EPSILON)).clamp(max=_LARGEST_ADAPTIVE_WEIGHT)
+    return weight
 
 
 def _codec_config(networks_config: NetworksConfig, name: str) -> CodecConfig:
-    config = architecture_of(networks_config.get(name))
+    config = architecture_of(networks_config[name]) if name in networks_config else None
     if not isinstance(config, CodecConfig):
         raise RecipeError.of(
             f"the codec objective trains a network of type codec, and {name!r} is "
