@@ -30,8 +30,8 @@ def header(profile: SlurmAllocation, spec: JobSpec, own: Sequence[tuple[str, str
     """The ``#SBATCH`` lines of an allocation, with a launcher's own options.
 
     The job starts without the submitter's environment (``--export=NIL``): what that shell holds, secrets included, is
-    neither kept by the controller nor seen by the ranks. The script's own login shell brings back what sites set up,
-    such as ``module``; with ``--export=NONE`` Slurm would run one before the script, and take a slow one for lost.
+    neither kept by the controller nor seen by the ranks. The script reads the login files itself, for what sites set up
+    there (``module``): with ``--export=NONE`` Slurm would, before the script, and take a slow one for a lost node.
     """
     log = spec.logs / ("%A_%a.out" if len(spec.runs) > 1 else "%j.out")
     options: list[tuple[str, str | None]] = [
@@ -53,7 +53,7 @@ def header(profile: SlurmAllocation, spec: JobSpec, own: Sequence[tuple[str, str
     lines = [f"#SBATCH --{name}={shlex.quote(value)}" for name, value in options if value is not None]
     lines.append(f"#SBATCH --{'requeue' if profile.requeue else 'no-requeue'}")
     lines.extend(_extra(profile))
-    return "\n".join(["#!/bin/bash -l", *lines])
+    return "\n".join(["#!/bin/bash", *lines])
 
 
 def _extra(profile: SlurmAllocation) -> Iterator[str]:
@@ -186,22 +186,26 @@ requeue() {{
 _BODY = """\
 {header}
 
+# The shell hears USR1 before the time limit (or from whoever wants the nodes), and TERM when the job is cancelled or
+# reaches its limit; a preemption with a grace time tells the ranks alone.
+signals=0 heard= step= lost= code=143
+pass_on() {{ signals=$(( signals + 1 )) heard=$heard$1; [ -z "$step" ] || kill -USR1 "$step"; }}
+trap 'pass_on USR1' USR1
+trap 'pass_on TERM' TERM
+
+for file in /etc/profile ~/.bash_profile; do [ ! -r "$file" ] || . "$file"; done
 {environment}
 {setup}
 runs=(
 {runs}
 )
 run=${{runs[${{SLURM_ARRAY_TASK_ID:-0}}]}}
-rm -f "$run/request"
 
 {requeue}
 
-# The shell hears USR1 before the time limit (or from whoever wants the nodes), TERM when the job is cancelled; a
-# preemption with a grace time tells the ranks alone.
-signals=0 heard= step= lost=
-pass_on() {{ signals=$(( signals + 1 )) heard=$heard$1; {tell}; }}
-trap 'pass_on USR1' USR1
-trap 'pass_on TERM' TERM
+is_cancelled() {{
+  [ "$heard" = TERM ] && [ "$(squeue --noheader --states=all --format=%r --jobs="$SLURM_JOB_ID" 2>&1)" != TimeLimit ]
+}}
 
 # Why ranks failed, in their own words; a traceback may only tell of a peer that is gone.
 reasons() {{ for file in "$run"/errors/rank-*.txt; do grep -qs ^Traceback "$file" || cat "$file"; done 2>/dev/null; }}
@@ -209,6 +213,7 @@ reasons() {{ for file in "$run"/errors/rank-*.txt; do grep -qs ^Traceback "$file
 # Killed ranks start again. So do ranks of several nodes that say nothing: Slurm takes minutes to notice a lost node.
 newest=$(cat "$run/checkpoints/latest" 2>/dev/null)
 for restart in $(seq 0 {max_restarts}); do
+  [ "$signals" = 0 ] || break
   lost=
   rm -f "$run/{outcome}" "$run"/errors/rank-*.txt
   export SIXFOLD_ATTEMPT=$(( ${{SLURM_RESTART_COUNT:-0}} * {starts} + restart ))
@@ -230,7 +235,7 @@ done
 [ "$newest" != "$(cat "$run/checkpoints/latest" 2>/dev/null)" ] || lost=
 if [ "$(cat "$run/{outcome}" 2>/dev/null)" = interrupted ] || [ -n "$lost" ] \\
    || {{ [ "$signals" != 0 ] && [ "$code" -gt 128 ]; }}; then
-  [ "$heard" = TERM ] || requeue
+  is_cancelled || requeue
   exit {interrupted}
 fi
 exit "$code"

@@ -123,18 +123,18 @@ class Shell:
         self.path.mkdir()
         for name in ("cat", "seq", "rm", "grep", "sleep"):
             (self.path / name).symlink_to(shutil.which(name))
-        self._program("srun", srun)
+        self.program("srun", srun)
         for name in programs:
-            self._program(name, f'echo "{name} $*" >> {folder}/called')
-        profile = load_profile("slurm", settings).profile
+            self.program(name, f'echo "{name} $*" >> {folder}/called')
+        profile = load_profile("slurm", [f"environment.PATH={self.path}", *settings]).profile
         script = folder / "job.sbatch"
         script.write_text(launcher_of(profile).render(spec(folder)).files["job.sbatch"])
-        environment = {"PATH": str(self.path), "SLURM_JOB_ID": "77", "SLURM_JOB_NUM_NODES": nodes}
+        environment = {"PATH": str(self.path), "HOME": str(folder), "SLURM_JOB_ID": "77", "SLURM_JOB_NUM_NODES": nodes}
         self.process = subprocess.Popen(
             [shutil.which("bash"), script], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
 
-    def _program(self, name, body):
+    def program(self, name, body):
         path = self.path / name
         path.write_text(f"#!{shutil.which('bash')}\nRUN={self.run}\n{body}\n")
         path.chmod(0o755)
@@ -185,6 +185,27 @@ def test_a_signal_to_the_shell_saves_and_requeues_unless_cancelled(tmp_path, sen
     code, output, calls = shell.end()
     assert (code, calls) == (INTERRUPTED, [call.format(folder=tmp_path) for call in called]), output
     assert ("sixfold jobs requeue j1" in output) == (programs == ())
+
+
+def test_a_limit_that_comes_unannounced_is_no_cancellation(tmp_path):
+    shell = Shell(tmp_path, SAVING)
+    shell.program("squeue", "echo TimeLimit")
+    shell.wait_for("started")
+    shell.process.send_signal(signal.SIGTERM)
+    assert shell.end()[::2] == (INTERRUPTED, ["scontrol requeue 77"])
+
+
+def test_a_signal_before_the_ranks_start_requeues_at_once(tmp_path):
+    (tmp_path / ".bash_profile").write_text("touch $HOME/reading; while [ -e $HOME/reading ]; do sleep 0.05; done\n")
+    shell = Shell(tmp_path, "echo start >> $RUN/starts")
+    wait = time.monotonic() + 20
+    while not (tmp_path / "reading").exists():
+        assert time.monotonic() < wait
+        time.sleep(0.01)
+    shell.process.send_signal(signal.SIGUSR1)
+    (tmp_path / "reading").unlink()
+    assert shell.end()[::2] == (INTERRUPTED, ["scontrol requeue 77"])
+    assert not (tmp_path / "lm/moe-smoke/j1/starts").exists()
 
 
 def test_a_preemption_that_tells_the_ranks_alone_is_requeued(tmp_path):
