@@ -43,8 +43,8 @@ def newest_verified(location: Path | str, log: Log, *, step: int | None = None) 
 def search(store: Store, ranks: Ranks, log: Log, *, step: int | None = None) -> Candidate | None:
     """Return the newest checkpoint whose every file hashes to what its manifest says (a collective).
 
-    Only one of the given ``step`` counts, if one is given. The ranks share the hashing and agree on the outcome. ``log``
-    is called on rank 0 for every checkpoint that is passed over, with the reason.
+    Only one of the given ``step`` counts, if one is given. The ranks share the hashing and agree on the outcome.
+    ``log`` is called on rank 0 for every checkpoint that is passed over, with the reason.
 
     Raises:
         CheckpointError: there are checkpoints but none verifies; starting over must be the user's decision.
