@@ -1,19 +1,26 @@
 """Networks that are right by construction: the posterior means of data whose distribution is known."""
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from sixfold.models.settings import NetworkSettings
 from sixfold.objectives.denoising.config import DenoisingConfig
 from sixfold.paths.predictions import Endpoints, express
 
 
-class Unconditional:
-    """Settings of a denoiser of 1 x size x size images without conditions."""
+class Unconditional(NetworkSettings):
+    """Settings of a denoiser of 1 x size x size images without conditions, or with those that have a null value."""
+
+    implementation: ClassVar[str] = "exact_denoisers:ExactDenoiser"
+    channels: int = 1
+    image_size: int = 4
+    null_values: dict[str, int]
 
     def __init__(self, size: int = 4, null_values: dict[str, int] | None = None):
-        self.channels, self.image_size, self.null_values = 1, size, null_values or {}
+        super().__init__(image_size=size, null_values=null_values or {})
 
 
 class ExactDenoiser(nn.Module):
