@@ -41,7 +41,7 @@ cluster: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q --durations=20 tests/cluster
 
 parity: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q -s tests/parity/test_recipes.py
+	SIXFOLD_PARITY=full $(BIN)/python -m pytest -q -s tests/parity/test_recipes.py
 
 bench: $(VENV)/.installed-dev data/stdlib
 	$(BIN)/python tests/benchmarks/bench_models.py
