@@ -35,6 +35,7 @@ class KLBottleneck(nn.Module):
         """
         with full_precision(features):
             mean, log_variance = features.float().chunk(2, dim=1)
+            mean = mean.clone()  # hooks of sharding must not be handed a view
             log_variance = log_variance.clamp(*LOG_VARIANCE_RANGE)
             latents = mean if noise is None else torch.addcmul(mean, torch.exp(0.5 * log_variance), noise)
             divergence = 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance)
