@@ -10,6 +10,8 @@ from sixfold.config.loading import parse_yaml
 from sixfold.config.overrides import parse_overrides
 from sixfold.config.provenance import Layer, Provenance
 from sixfold.errors import RecipeError
+from sixfold.pipeline.load import is_pipeline, load_pipeline
+from sixfold.pipeline.runner import plan
 from sixfold.recipe.catalogue import catalogue
 from sixfold.recipe.load import load_recipe
 from sixfold.recipe.recipe import Recipe
@@ -245,13 +247,27 @@ def test_the_hash_follows_the_settings_and_not_the_files(tmp_path):
     assert load_recipe(tmp_path / "a.yaml", ["seed=1"]).recipe.recipe_hash != one.recipe_hash
 
 
-@pytest.mark.parametrize("entry", catalogue(), ids=lambda entry: entry.name)
+PIPELINES = [entry for entry in catalogue() if is_pipeline(entry.path)]
+RECIPES = [entry for entry in catalogue() if entry not in PIPELINES]
+
+
+@pytest.mark.parametrize("entry", RECIPES, ids=lambda entry: entry.name)
 def test_every_recipe_of_the_catalogue_loads_under_its_own_name_and_is_read_back_equal(entry, tmp_path):
     loaded = load_recipe(entry.name)
     assert loaded.recipe.name == entry.name
     assert loaded.recipe.description
     (tmp_path / "resolved.yaml").write_text(loaded.recipe.dump_yaml())
     assert load_recipe(tmp_path / "resolved.yaml").recipe == loaded.recipe
+
+
+@pytest.mark.parametrize("entry", PIPELINES, ids=lambda entry: entry.name)
+def test_every_pipeline_loads_under_its_own_name_with_recipes_that_load(entry, tmp_path):
+    pipeline = load_pipeline(entry.path)
+    assert pipeline.name == entry.name
+    assert pipeline.description
+    assert [stage.name for stage in plan(pipeline, tmp_path)] == list(pipeline.stages)
+    with pytest.raises(RecipeError, match="is a pipeline"):
+        load_recipe(entry.name)
 
 
 def test_the_catalogue_is_complete_and_its_readme_names_every_recipe():

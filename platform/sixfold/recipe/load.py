@@ -43,6 +43,12 @@ def load_recipe(reference: str | Path, overrides: Sequence[str] = ()) -> LoadedR
     """
     source = find_recipe(str(reference))
     layer = _read(source, overrides)
+    if "stages" in layer.values:
+        raise RecipeError.of(
+            "this is a pipeline, not a recipe: it has stages",
+            where=display_path(source),
+            fix=f"`sixfold run {reference} --dry-run` shows its stages, and without --dry-run runs them",
+        )
     provenance = Provenance(display_path(source), layer.places)
     recipe = validate_recipe(layer.values, provenance)
     check_recipe(recipe, provenance=provenance)
