@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cluster_jobs import REFERENCE, Job
+from cluster_jobs import REFERENCE, Job, processes_naming
 
 DEV_CLUSTER = Path(__file__).resolve().parents[2] / "infra" / "slurm" / "dev-cluster"
 NODES = 4
@@ -130,12 +130,17 @@ def workplace(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def submit(text, workplace):
-    """Submit the small language model to a profile."""
+    """Submit the small language model to a profile; what still runs here at the end is ended."""
+    jobs = []
 
     def submit_to(profile, *arguments, **options):
-        return Job.submit(profile, *arguments, data=text, runs=workplace / "runs", **options)
+        jobs.append(Job.submit(profile, *arguments, data=text, runs=workplace / "runs", **options))
+        return jobs[-1]
 
-    return submit_to
+    yield submit_to
+    for process in [process for job in jobs for process in processes_naming(job.id)]:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 @pytest.fixture(scope="session")
