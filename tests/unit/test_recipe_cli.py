@@ -150,6 +150,7 @@ def test_help_of_an_unknown_section_suggests_the_nearest(sixfold):
 
 def test_the_schema_admits_every_recipe_file_and_refuses_what_is_wrong(sixfold, tmp_path):
     from sixfold.config.loading import read_yaml
+    from sixfold.pipeline.load import is_pipeline
 
     assert sixfold("schema", "--out", str(tmp_path / "s.json"))[0] == 0
     schema = json.loads((tmp_path / "s.json").read_text())
@@ -157,7 +158,8 @@ def test_the_schema_admits_every_recipe_file_and_refuses_what_is_wrong(sixfold, 
     validator = jsonschema.Draft202012Validator(schema)
     validator.check_schema(schema)
     for entry in catalogue():
-        validator.validate(read_yaml(entry.path)[0].values)
+        if not is_pipeline(entry.path):
+            validator.validate(read_yaml(entry.path)[0].values)
     for wrong in ({"sede": 1}, {"train": {"steps": "many"}}, {"engine": {"type": "fdsp"}}, {"train": {"steps": 0}}):
         assert not validator.is_valid(wrong), wrong
 

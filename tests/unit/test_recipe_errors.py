@@ -307,7 +307,7 @@ def test_a_recipe_that_is_not_there_suggests_the_nearest_name(monkeypatch, capsy
     code, _, err = screen_of(["show", "moe-smok"], monkeypatch, capsys)
     assert code == 2
     assert "did you mean `lm/moe-smoke`?" in err
-    assert "flow/dit-smoke" in err
+    assert "sixfold recipes" in err
 
 
 def test_a_recipe_that_is_no_text_is_named(tmp_path, monkeypatch, capsys):

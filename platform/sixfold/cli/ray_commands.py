@@ -36,7 +36,10 @@ def up(
 
 
 def down() -> None:
-    """Stop the cluster: what `sixfold ray up` started and what runs on it, no other Ray of this machine."""
+    """Stop the cluster: what `sixfold ray up` started and what runs on it, no other Ray of this machine.
+
+    Example: sixfold ray down
+    """
     from sixfold_launchers.ray_cluster import default_folder
     from sixfold_launchers.ray_cluster import down as take_down
 
@@ -45,7 +48,10 @@ def down() -> None:
 
 
 def status(as_json: JsonOption = False) -> None:
-    """Say which nodes run, and where jobs are submitted."""
+    """Say which nodes run, and where jobs are submitted.
+
+    Example: sixfold ray status --json
+    """
     from sixfold_launchers.ray_cluster import default_folder, describe, find
 
     cluster = find(default_folder())

@@ -91,6 +91,6 @@ def find_recipe(reference: str) -> Path:
     raise RecipeError.of(
         f"there is no recipe {reference!r}",
         where="RECIPE",
-        allowed="a YAML file, or one of: " + (", ".join(names) or "(no recipes were found)"),
+        allowed=f"a YAML file, or one of the {len(names)} names that `sixfold recipes` lists",
         fix=f"did you mean `{suggestion}`?" if suggestion else "`sixfold recipes` lists the names",
     )

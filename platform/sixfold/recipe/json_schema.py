@@ -17,6 +17,10 @@ def recipe_file_schema() -> dict[str, Any]:
     schema: dict[str, Any] = _relaxed(Recipe.model_json_schema())
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = "Sixfold recipe"
+    for section in ("networks", "roles"):  # an entry that a base file wrote is removed by null
+        patterns = schema["properties"][section]["patternProperties"]
+        for pattern, entry in patterns.items():
+            patterns[pattern] = {"anyOf": [entry, {"type": "null"}]}
     schema["properties"][BASE] = {
         "description": "Recipe file or files that this one stands on, relative to it; later ones win.",
         "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
