@@ -12,7 +12,7 @@ import pytest
 
 from sixfold.tracking.events import read_metrics
 
-RANKS, STEPS, KILLS = 2, 240, 20
+RANKS, STEPS, KILLS = 2, 480, 20
 SETTINGS = [
     f"train.steps={STEPS}",
     "train.log_every_steps=1",
@@ -96,7 +96,7 @@ def kill_one_rank(process: subprocess.Popen, run: Path, draw: random.Random) -> 
     before = log.stat().st_size if log.exists() else 0
     while process.poll() is None and (not log.exists() or log.stat().st_size == before):
         time.sleep(0.005)
-    time.sleep(draw.uniform(0.0, 0.15))
+    time.sleep(draw.uniform(0.0, 0.1))
     ranks = workers_of(process.pid) if process.poll() is None else []
     if len(ranks) < RANKS:
         return False
