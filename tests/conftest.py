@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 from jaxtyping import install_import_hook
 
+# Before torch is imported, and for every process that tests start: two threads each on two cores that others use, too,
+# spend their time in barriers.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 

@@ -153,7 +153,7 @@ class StepMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         made = _tensors(result)
         for tensor in made:
             self._register(tensor.untyped_storage())
-        formula = _FLOPS.get(func._overloadpacket)
+        formula = _flops_formula(func._overloadpacket)
         if formula is not None:
             self._flops += formula(*args, **kwargs, out_val=result)
         if func.namespace in _EXCHANGING:
@@ -255,9 +255,13 @@ def _attention_backward(
     return int(sdpa_backward_flop_count(*shapes))  # type: ignore[no-untyped-call]  # torch's
 
 
-_FLOPS: dict[Any, Any] = {
-    **flop_registry,
-    # the CPU's attention kernels, which torch's own table lacks
+_ATTENTION_ON_THE_CPU: dict[Any, Any] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_forward,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
+"""Kernels that torch's own table of formulas lacks."""
+
+
+def _flops_formula(operation: Any) -> Any:
+    """Find how an operation's FLOPs are counted; models register their own operations whenever they are imported."""
+    return flop_registry.get(operation) or _ATTENTION_ON_THE_CPU.get(operation)

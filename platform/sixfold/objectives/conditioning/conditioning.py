@@ -123,7 +123,7 @@ class Conditioning:
             conditions["pooled"] = torch.cat(pooled, dim=-1)
         return conditions
 
-    def _joined(self, groups: list[list[Float[Tensor, "n tokens features"]]]) -> Float[Tensor, "n length width"]:
+    def _joined(self, groups: list[list[Float[Tensor, "n _ _"]]]) -> Float[Tensor, "n length width"]:
         beside = [torch.cat(group, dim=-1) for group in groups]
         return torch.cat([pad(text, (0, self._text_width - text.shape[-1])) for text in beside], dim=1)
 
