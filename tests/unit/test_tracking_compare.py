@@ -67,14 +67,31 @@ def command():
 
 
 def test_the_command_exits_1_beyond_the_tolerance(tmp_path, command):
-    a, b = make_run(tmp_path / "a", {1: 1.0, 2: 1.0}), make_run(tmp_path / "b", {1: 1.0, 2: 1.01, 3: math.nan})
+    a, b = make_run(tmp_path / "a", {1: 1.0, 2: 1.0}), make_run(tmp_path / "b", {1: 1.0, 2: 1.01})
     assert command(a, b).exit_code == 0
     assert command(a, b, "--rtol", "0.1").exit_code == 0
     beyond = command(a, b, "--rtol", "1e-3")
     assert beyond.exit_code == 1
     assert "beyond 0.001: train/loss" in beyond.output
-    assert "A lacks 3" in beyond.output
     assert "perf/" not in beyond.output
+
+
+@pytest.mark.parametrize(
+    ("of_b", "told"),
+    [
+        ({"losses": {1: 1.0, 2: 1.0, 3: 1.0}}, "missing: train/loss (A lacks 3)"),
+        ({"losses": {1: 1.0}}, "missing: train/loss (B lacks 2)"),
+        ({"losses": {1: 1.0, 2: 1.0}, "val/fd": 1.0}, "missing: val/fd (A lacks 1, 2)"),
+    ],
+)
+def test_what_one_run_lacks_is_beyond_every_tolerance(tmp_path, command, of_b, told):
+    a, b = make_run(tmp_path / "a", {1: 1.0, 2: 1.0}), make_run(tmp_path / "b", **of_b)
+    assert command(a, b).exit_code == 0
+    judged = command(a, b, "--rtol", "0.1")
+    assert judged.exit_code == 1
+    assert told in judged.output
+    assert command(a, b, "--rtol", "0.1", "--common").exit_code == 0
+    assert json.loads(command(a, b, "--rtol", "0.1", "--json").output)["missing"] == [told.split()[1]]
 
 
 def test_the_command_writes_valid_json(tmp_path, command):

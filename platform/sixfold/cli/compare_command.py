@@ -26,15 +26,19 @@ def compare(
     run_a: RunArgument,
     run_b: RunArgument,
     rtol: Annotated[
-        float | None, typer.Option(min=0, help="Exit with 1 if any metric differs by more, relatively.")
+        float | None,
+        typer.Option(min=0, help="Exit with 1 if any metric differs by more, relatively, or is missing in one run."),
     ] = None,
+    common: Annotated[
+        bool, typer.Option("--common", help="Let --rtol judge the steps that both runs have, and nothing else.")
+    ] = False,
     machine: Annotated[
         bool, typer.Option("--machine", help="Also compare perf/, data/, system/ and ckpt/ metrics.")
     ] = False,
     runs: Annotated[Path, typer.Option(help="Folder in which run ids are looked up.")] = Path("runs"),
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Show the largest relative difference of every metric over the steps that two runs share."""
+    """Show the largest relative difference of every metric over the steps that two runs share, and what one lacks."""
     from sixfold.errors import UserError
     from sixfold.tracking.compare import compare as compare_runs
     from sixfold.tracking.runs import find_run
@@ -47,22 +51,33 @@ def compare(
             where=f"{folder_a}, {folder_b}",
             fix="train both runs over the same steps with the same train.log_every_steps",
         )
-    beyond = [difference.name for difference in differences if rtol is not None and difference.largest > rtol]
+    beyond, missing = _failing(differences, rtol, common=common)
     if as_json:
         record = {
             "run_a": str(folder_a),
             "run_b": str(folder_b),
             "rtol": rtol,
             "beyond_rtol": beyond,
+            "missing": missing,
             "metrics": [_as_json(difference) for difference in differences],
         }
         typer.echo(json.dumps(record, indent=2))
     else:
-        _print(differences, beyond, rtol)
-    raise typer.Exit(1 if beyond else 0)
+        _print(differences)
+        if rtol is not None:
+            _print_verdict(differences, beyond, missing, rtol)
+    raise typer.Exit(1 if beyond or missing else 0)
 
 
-def _print(differences: list[MetricDifference], beyond: list[str], rtol: float | None) -> None:
+def _failing(differences: list[MetricDifference], rtol: float | None, *, common: bool) -> tuple[list[str], list[str]]:
+    """The metrics that differ by more than ``rtol``, and those that one run lacks somewhere; none without ``rtol``."""
+    if rtol is None:
+        return [], []
+    beyond = [difference.name for difference in differences if difference.largest > rtol]
+    return beyond, [] if common else [difference.name for difference in differences if difference.incomplete]
+
+
+def _print(differences: list[MetricDifference]) -> None:
     from sixfold.cli.screen import print_table
 
     headings = ("metric", "largest relative difference", "at step", "run A", "run B", "common steps", "missing steps")
@@ -74,13 +89,25 @@ def _print(differences: list[MetricDifference], beyond: list[str], rtol: float |
             _plain(difference.value_a),
             _plain(difference.value_b),
             str(difference.common_steps),
-            "; ".join(filter(None, (_missing("B", difference.only_in_a), _missing("A", difference.only_in_b)))) or "-",
+            _all_missing(difference) or "-",
         )
         for difference in differences
     ]
     print_table(None, headings, rows)
-    if rtol is not None:
-        typer.echo(f"beyond {rtol:g}: {', '.join(beyond)}" if beyond else f"all within {rtol:g}")
+
+
+def _print_verdict(differences: list[MetricDifference], beyond: list[str], missing: list[str], rtol: float) -> None:
+    if beyond:
+        typer.echo(f"beyond {rtol:g}: {', '.join(beyond)}")
+    if missing:
+        lacking = [f"{each.name} ({_all_missing(each)})" for each in differences if each.name in missing]
+        typer.echo(f"missing: {', '.join(lacking)}; --common judges the steps that both runs have")
+    if not beyond and not missing:
+        typer.echo(f"all within {rtol:g}")
+
+
+def _all_missing(difference: MetricDifference) -> str:
+    return "; ".join(filter(None, (_missing("B", difference.only_in_a), _missing("A", difference.only_in_b))))
 
 
 def _missing(run: str, steps: tuple[int, ...]) -> str:

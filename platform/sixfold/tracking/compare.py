@@ -1,4 +1,4 @@
-"""Compares what two runs measured: the largest relative difference of every metric over the steps they share."""
+"""Compares what two runs measured: how far every metric differs over the steps they share, and where one lacks it."""
 
 from __future__ import annotations
 
@@ -33,6 +33,11 @@ class MetricDifference:
     common_steps: int
     only_in_a: tuple[int, ...]
     only_in_b: tuple[int, ...]
+
+    @property
+    def incomplete(self) -> bool:
+        """Whether one run lacks steps that the other has: what was not measured agrees with nothing."""
+        return bool(self.only_in_a or self.only_in_b)
 
 
 def compare(run_a: Path, run_b: Path, *, machine: bool = False) -> list[MetricDifference]:
