@@ -61,7 +61,7 @@ def test_kill_9_of_random_ranks_changes_nothing(demo_data, tmp_path):
         if killed < KILLS and kill_one_rank(process, run, draw):
             killed += 1
             output, _ = process.communicate(timeout=60)
-            assert process.returncode == 128 + signal.SIGKILL, output
+            assert process.returncode == 3, output
             assert "SIGKILL" in output
             continue
         output, _ = process.communicate(timeout=200)

@@ -1,6 +1,7 @@
 """The reading commands: what they print, that they import nothing heavy, and the exit codes of the whole command."""
 
 import json
+import signal
 import subprocess
 import sys
 import types
@@ -12,9 +13,12 @@ import typer
 from recipe_texts import FLOW, TEXT, line_of
 from sixfold.cli import main as main_module
 from sixfold.cli.inspect_commands import leaves
+from sixfold.cli.outcome import fail
 from sixfold.errors import EnvironmentFault, UserError
 from sixfold.recipe.catalogue import catalogue
 from sixfold.recipe.load import load_recipe
+from sixfold.train.run_folder import RunFolder
+from sixfold_launchers.local import Outcome
 
 HEAVY = ("torch", "numpy", "mlflow", "fsspec", "deepspeed", "accelerate", "transformers", "webdataset")
 
@@ -169,9 +173,9 @@ def test_the_schema_admits_every_recipe_file_and_refuses_what_is_wrong(sixfold, 
     [
         (UserError.of("bad input", where="here", fix="mend it"), 2, "here: bad input\n  fix: mend it\n"),
         (EnvironmentFault.of("no room"), 3, "no room\n"),
-        (KeyboardInterrupt(), 130, ""),
+        (KeyboardInterrupt(), 1, ""),
         (RuntimeError("a fault of the code"), 1, "RuntimeError: a fault of the code\n"),
-        (typer.Exit(4), 4, ""),
+        (typer.Exit(4), 1, ""),
     ],
     ids=["user", "environment", "interrupt", "unexpected", "exit"],
 )
@@ -189,6 +193,21 @@ def test_exit_codes(sixfold, monkeypatch, raised, code, said):
     assert (got, out) == (code, "")
     assert err.endswith(said)
     assert ("Traceback" in err) == (type(raised) is RuntimeError)
+
+
+@pytest.mark.parametrize(
+    ("of_rank", "code", "said"),
+    [(128 + signal.SIGKILL, 3, "rank 1 ended by SIGKILL"), (2, 2, "exit code 2"), (75, 1, "exit code 75")],
+)
+def test_a_rank_that_a_signal_ended_met_the_environment(sixfold, monkeypatch, tmp_path, of_rank, code, said):
+    def register(app: typer.Typer) -> None:
+        app.command()(lambda: fail(RunFolder(tmp_path), Outcome(exit_code=of_rank, rank=1)))
+
+    monkeypatch.setitem(sys.modules, "failing_commands", types.SimpleNamespace(register=register))
+    monkeypatch.setattr(main_module, "COMMAND_MODULES", ("failing_commands",))
+    got, _, err = sixfold()
+    assert got == code
+    assert said in err
 
 
 def test_a_wrong_option_is_the_user_s_fault(sixfold):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sixfold.cli.data_commands import JsonOption, OutOption, SourceArgument, print_build, progress
+from sixfold.cli.outcome import fail
 
 if TYPE_CHECKING:
     from sixfold_data.encode import EncodeJob
@@ -61,8 +62,7 @@ def _encode_on_ranks(staging: Path, nproc: int) -> None:
 
     outcome = launch(staging, ranks=nproc, module="sixfold.train.encoding")
     if outcome.exit_code:
-        typer.echo(RunFolder(staging).failure(outcome.rank, outcome.exit_code), err=True)
-        raise typer.Exit(outcome.exit_code)
+        fail(RunFolder(staging), outcome)
 
 
 @contextmanager

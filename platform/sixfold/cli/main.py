@@ -12,7 +12,8 @@ from importlib import import_module
 
 import typer
 
-from sixfold.errors import user_facing
+from sixfold.cli.outcome import EXIT_CODES
+from sixfold.errors import SixfoldError, user_facing
 
 COMMAND_MODULES = (
     "sixfold.cli.inspect_commands",
@@ -48,14 +49,19 @@ def build_app() -> typer.Typer:
 
 def main() -> int:
     """Run the command line and return its exit code: 0 done, 2 the input, 3 the environment, 1 anything else."""
+    code = _run()
+    return code if code in EXIT_CODES else SixfoldError.exit_code  # typer has more of its own, as for Ctrl-C
+
+
+def _run() -> int:
     from sixfold.cli.screen import print_error
 
     try:
         build_app()(prog_name="sixfold")
     except SystemExit as end:  # how typer ends, usage errors included
         return end.code if isinstance(end.code, int) else int(end.code is not None)
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt:  # before typer could hear it
+        return SixfoldError.exit_code
     except Exception as error:  # the last place that can still tell the user
         known = user_facing(error)
         if known is None:  # a fault of the code itself, hence the traceback

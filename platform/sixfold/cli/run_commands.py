@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sixfold.cli.outcome import exit_code_of, fail
+
 if TYPE_CHECKING:
     from sixfold.recipe.recipe import Recipe
 
@@ -75,8 +77,7 @@ def run(
         typer.echo(f"{loaded.recipe.name}: run {folder.run_id} in {folder.path}")
         outcome = launch(folder.path, ranks=nproc, max_restarts=max_restarts, inherited=(lock,))
     if outcome.exit_code:
-        typer.echo(folder.failure(outcome.rank, outcome.exit_code), err=True)
-        raise typer.Exit(outcome.exit_code)
+        fail(folder, outcome)
     if last_status(folder.path) == "interrupted":
         typer.echo("interrupted and saved; the same command with this --run-dir goes on", err=True)
         raise typer.Exit(1)
@@ -97,7 +98,7 @@ def _run_pipeline(source: Path, overrides: list[str], run_dir: Path | None, *, d
         return
     code = run_pipeline(pipeline, root, typer.echo)
     if code:
-        raise typer.Exit(code)
+        raise typer.Exit(exit_code_of(code))
 
 
 def _rehearse(recipe: Recipe, world_size: int) -> None:

@@ -16,6 +16,8 @@ import statistics
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]  # it ships no types
@@ -33,17 +35,19 @@ _REMEMBERED_STEPS = 50
 
 
 class HangDetector:
-    """Watches for steps; a hook that is called after every step, and a context in which it watches.
+    """Watches for progress in the context that it is; a hook that is called after every step.
+
+    What comes before the first step and after the last (ranks that find each other, restoring, the tracker's last
+    words) has the default budget, steps have the one that :meth:`during_steps` gives them.
 
     Args:
         folder: the run's.
         rank: this process's.
-        budget_s: longest time from the end of one step to the end of the next, hooks included; None derives it from
-            the steps so far.
     """
 
-    def __init__(self, folder: RunFolder, rank: int, budget_s: float | None) -> None:
-        self._folder, self._rank, self._wanted = folder, rank, budget_s
+    def __init__(self, folder: RunFolder, rank: int) -> None:
+        self._folder, self._rank = folder, rank
+        self._wanted: float | None = None
         self._step = 0
         self._last = time.monotonic()
         self._durations: deque[float] = deque(maxlen=_REMEMBERED_STEPS)
@@ -59,6 +63,21 @@ class HangDetector:
         self._stopped.set()
         self._thread.join()
 
+    @contextmanager
+    def during_steps(self, budget_s: float | None, *, after: int) -> Iterator[None]:
+        """Watch steps, the first of which follows step ``after``.
+
+        Args:
+            budget_s: longest time from the end of one step to the end of the next, hooks included; None derives it
+                from the steps so far.
+            after: the step before them.
+        """
+        self._step, self._wanted, self._last = after, budget_s, time.monotonic()
+        try:
+            yield
+        finally:
+            self._wanted, self._last = None, time.monotonic()
+
     def __call__(self, training: Training, record: StepRecord) -> None:
         """Note that a step has ended."""
         now = time.monotonic()
@@ -67,7 +86,7 @@ class HangDetector:
 
     @property
     def budget_s(self) -> float:
-        """How long the present step may take."""
+        """How long what is done now may take."""
         if self._wanted is not None:
             return self._wanted
         median = statistics.median(self._durations) if self._durations else 0.0
@@ -82,10 +101,10 @@ class HangDetector:
     def _end(self, still_s: float) -> None:
         """Leave what explains the hang, wait for the other ranks to do the same, and die by a signal."""
         left = self._leave_record(still_s)
-        self._folder.leave_error(
+        self._folder.leave_hang(
             self._rank,
             f"rank {self._rank} on {socket.gethostname()} hung: no step within {self.budget_s:.0f} s after step "
-            f"{self._step}\n  the stacks of all ranks: {left.parent}\n"
+            f"{self._step}; ended by SIGABRT\n  the stacks of all ranks: {left.parent}\n"
             "  fix: look for the rank whose stack is not in a collective; if steps are just slow, raise "
             "train.hang_after_s",
         )
