@@ -42,6 +42,9 @@ INTERRUPTED = 75
 OUTCOME = "outcome"
 """File in a run folder with how its last attempt ended (``finished``, ``interrupted``), for shell scripts to read."""
 
+REQUEST = "request"
+"""File in a run folder by which ranks that hear no signals (Ray's) are asked to save and end."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunSpec:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from sixfold.errors import SixfoldError
+from sixfold_launchers.contract import leave_outcome, read_outcome
 from sixfold_launchers.ray_order import DRIVER_MODULE, Order, Requests
 
 _PR_SET_PDEATHSIG = 1  # from linux/prctl.h
@@ -90,6 +91,8 @@ def _attempt(path: Path, order: Order, runs: tuple[Path, ...]) -> int:
     failed = 0
     for run in runs:
         if Requests(run).read() == "stop":
+            if read_outcome(run) != "finished":
+                leave_outcome(run, "interrupted")
             continue
         try:
             sys.stdout.write(f"sixfold: {run.name}: {train_run(path, order, run)}\n")

@@ -39,6 +39,7 @@ class RayLauncher:
 
     def __init__(self, profile: RayProfile) -> None:
         self.profile = profile
+        self._read: dict[Path, int] = {}
 
     def render(self, spec: JobSpec) -> Submission:
         """The order and the job's specification."""
@@ -89,7 +90,9 @@ class RayLauncher:
 
     def logs(self, job: JobRecord, *, follow: bool) -> Iterator[str]:
         """What driver and ranks wrote, from the job's folder: it outlives the cluster."""
-        return follow_files(job.spec.logs, "*.out", (lambda: self.status(job).state) if follow else None)
+        return follow_files(
+            job.spec.logs, "*.out", (lambda: self.status(job).state) if follow else None, read=self._read
+        )
 
     def cancel(self, job: JobRecord) -> None:
         """Have the ranks save and end, within a minute; then end what is left."""

@@ -30,6 +30,7 @@ from sixfold_launchers.ray_server import RayServer
 JOIN_TIMEOUT_S = 180.0
 _POLL_S = 0.2
 _STOP_TIMEOUT_S = 10.0
+_NOTICE_S = 3.0  # `ray start --block` looks at what it started once a second
 _HEAD, _DASHBOARD, _CLIENT, _FIRST_AGENT, _AGENTS = 0, 1, 2, 3, 13  # of a job's 16 ports
 
 
@@ -187,14 +188,23 @@ def _keep_worker(order: Order, run: Path, place: Place) -> int:
 
 
 def _first_to_end(driver: subprocess.Popen[bytes], ray: subprocess.Popen[bytes]) -> int:
-    """Wait for the driver; if Ray dies under it, end it too."""
-    while (code := driver.poll()) is None:
-        if ray.poll() is not None:
-            driver.kill()
-            driver.wait()
-            return _died("Ray's head", Place.read(os.environ))
+    """Wait for the driver; if Ray dies under it, end it too. The driver may be the first to notice."""
+    while (code := driver.poll()) is None and ray.poll() is None:
         time.sleep(_POLL_S)
-    return code if code >= 0 else 128 - code
+    if code is None:
+        driver.kill()
+        driver.wait()
+    if code == 0 or (code is not None and not _ends_within(ray, _NOTICE_S)):
+        return code if code >= 0 else 128 - code
+    return _died("Ray's head", Place.read(os.environ))
+
+
+def _ends_within(process: subprocess.Popen[bytes], timeout_s: float) -> bool:
+    try:
+        process.wait(timeout_s)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
 
 
 def _wait_for_nodes(place: Place, meeting: Meeting, ray: subprocess.Popen[bytes]) -> None:
@@ -248,8 +258,9 @@ def _session_of(pid: int) -> int | None:
 
 
 def _died(what: str, place: Place) -> int:
+    """Say so; return an exit code that reads as an end by a signal: the job may go on after it, on one node too."""
     sys.stderr.write(f"{what} has died on node {place.node}; the step ends\n")
-    return 1
+    return 128 + signal.SIGKILL
 
 
 def own_address() -> str:

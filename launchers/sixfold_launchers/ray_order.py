@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from sixfold.errors import EnvironmentFault, RecipeError
-from sixfold_launchers.contract import JobSpec
+from sixfold_launchers.contract import REQUEST, JobSpec
 from sixfold_launchers.profiles import RayProfile, SlurmRayProfile, profile_of
 
 ORDER = "ray.json"
@@ -81,7 +81,7 @@ class Requests:
 
     @property
     def _path(self) -> Path:
-        return self.run / "request"
+        return self.run / REQUEST
 
     def make(self, request: Request) -> None:
         """Ask; a user's ``stop`` is never overwritten by a ``regroup``."""

@@ -7,10 +7,11 @@ signals on, and an end that stops every Ray of a node; hence a script and node k
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from sixfold.errors import Fault, UserError
 from sixfold.recipe.load import load_recipe
-from sixfold_launchers.contract import JobRecord, JobSpec, JobStatus, Submission
+from sixfold_launchers.contract import REQUEST, JobRecord, JobSpec, JobStatus, Submission
 from sixfold_launchers.logs import follow_files
 from sixfold_launchers.profiles import SlurmRayProfile
 from sixfold_launchers.ray_order import ORDER, order_of, rank_numbers
@@ -25,6 +26,7 @@ class SlurmRayLauncher:
 
     def __init__(self, profile: SlurmRayProfile) -> None:
         self.profile = profile
+        self._read: dict[Path, int] = {}
 
     def render(self, spec: JobSpec) -> Submission:
         """The batch script and the order it works through."""
@@ -62,7 +64,9 @@ class SlurmRayLauncher:
 
     def logs(self, job: JobRecord, *, follow: bool) -> Iterator[str]:
         """The batch jobs' output, driver and ranks among it."""
-        return follow_files(job.spec.logs, "*.out", (lambda: job_status(job).state) if follow else None)
+        return follow_files(
+            job.spec.logs, "*.out", (lambda: job_status(job).state) if follow else None, read=self._read
+        )
 
     def cancel(self, job: JobRecord) -> None:
         """End it."""
@@ -87,7 +91,7 @@ def render(profile: SlurmRayProfile, spec: JobSpec) -> str:
         worker=[spec.python, "-m", NODE_MODULE, str(spec.folder / ORDER)],
         arguments=(),  # the order names the secrets; ranks read them on their nodes
         max_restarts=0,  # Ray starts ranks again; a Ray that died ends the allocation
-        tell='printf stop > "$run/request"',  # a signal to the step would end Ray's own processes
+        tell=f'printf stop > "$run/{REQUEST}"',  # a signal to the step would end Ray's own processes
     )
 
 

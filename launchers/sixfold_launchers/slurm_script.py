@@ -13,7 +13,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator, Sequence
 
-from sixfold_launchers.contract import INTERRUPTED, OUTCOME, JobSpec
+from sixfold_launchers.contract import INTERRUPTED, OUTCOME, REQUEST, JobSpec
 from sixfold_launchers.profiles import BaseProfile, ContainerConfig, SlurmAllocation, SlurmProfile, SlurmRayProfile
 
 SCRIPT = "job.sbatch"
@@ -122,7 +122,7 @@ def script(
     worker: Sequence[str],
     arguments: Sequence[str],
     max_restarts: int,
-    tell: str = '[ -z "$step" ] || kill -USR1 "$step"',
+    tell: str = 'kill -USR1 "$step"',
 ) -> str:
     """The batch script whose one step runs ``worker RUN_FOLDER arguments`` in every task.
 
@@ -134,7 +134,8 @@ def script(
         worker: the command of a task.
         arguments: what follows the run folder.
         max_restarts: starts of the step inside the allocation after tasks were killed.
-        tell: shell command that has the ranks of ``$run`` save and end; srun passes signals on to every process.
+        tell: shell command that has the ranks of ``$run`` save and end once ``$step``, their srun, has been started;
+            srun passes signals on to every process.
     """
     sruns, prefix = contained(profile.container, spec)
     return _BODY.format(
@@ -151,6 +152,7 @@ def script(
         pause_s=_FIRST_PAUSE_S,
         requeue=requeue_lines(profile, spec),
         outcome=OUTCOME,
+        request=REQUEST,
         interrupted=INTERRUPTED,
     )
 
@@ -189,7 +191,8 @@ _BODY = """\
 # The shell hears USR1 before the time limit (or from whoever wants the nodes), and TERM when the job is cancelled or
 # reaches its limit; a preemption with a grace time tells the ranks alone.
 signals=0 heard= step= lost= code=143
-pass_on() {{ signals=$(( signals + 1 )) heard=$heard$1; [ -z "$step" ] || kill -USR1 "$step"; }}
+tell() {{ {tell}; }}
+pass_on() {{ signals=$(( signals + 1 )) heard=$heard$1; [ -z "$step" ] || tell; }}
 trap 'pass_on USR1' USR1
 trap 'pass_on TERM' TERM
 
@@ -207,7 +210,7 @@ is_cancelled() {{
   [ "$heard" = TERM ] && [ "$(squeue --noheader --states=all --format=%r --jobs="$SLURM_JOB_ID" 2>&1)" != TimeLimit ]
 }}
 
-# Why ranks failed, in their own words; a traceback may only tell of a peer that is gone.
+# Why ranks failed, in their own words; a traceback may only tell of a peer that is gone. Hangs have files of their own.
 reasons() {{ for file in "$run"/errors/rank-*.txt; do grep -qs ^Traceback "$file" || cat "$file"; done 2>/dev/null; }}
 
 # Killed ranks start again. So do ranks of several nodes that say nothing: Slurm takes minutes to notice a lost node.
@@ -215,11 +218,12 @@ newest=$(cat "$run/checkpoints/latest" 2>/dev/null)
 for restart in $(seq 0 {max_restarts}); do
   [ "$signals" = 0 ] || break
   lost=
-  rm -f "$run/{outcome}" "$run"/errors/rank-*.txt
+  rm -f "$run/{outcome}" "$run/{request}" "$run"/errors/*.txt
   export SIXFOLD_ATTEMPT=$(( ${{SLURM_RESTART_COUNT:-0}} * {starts} + restart ))
   {srun} \\
     {worker} "$run"{arguments} &
   step=$!
+  [ "$signals" = 0 ] || tell
   # A trapped signal ends a wait early; the next wait returns how srun ended.
   while before=$signals; wait "$step"; code=$?; [ "$before" != "$signals" ]; do :; done
   step=
@@ -229,7 +233,7 @@ for restart in $(seq 0 {max_restarts}); do
   echo "the ranks ended with code $code and no reason; restarts so far: $restart of {max_restarts}"
   [ "$restart" = {max_restarts} ] || {{ sleep $(( {pause_s} << 2 * restart )) & wait $!; }}
 done
-[ "$code" = 0 ] || cat "$run"/errors/rank-*.txt 2>/dev/null
+[ "$code" = 0 ] || cat "$run"/errors/*.txt 2>/dev/null
 
 # Interrupted: saved on request; or killed while saving, or after another checkpoint, which the next turn starts from.
 [ "$newest" != "$(cat "$run/checkpoints/latest" 2>/dev/null)" ] || lost=

@@ -33,10 +33,15 @@ def test_a_hang_leaves_stacks_and_ends_in_a_restart(
     folder = prepare_run_folder(recipe, tmp_path / "run", resume=True)
     take_up(folder, recipe)
     restarts: list[str] = []
-    outcome = launch(folder.path, ranks=2, max_restarts=1, on_restart=restarts.append, module="hanging_rank")
+
+    def note_restart(why: str) -> None:
+        restarts.append(f"{why}\n{folder.failure(1, 134)}")
+
+    outcome = launch(folder.path, ranks=2, max_restarts=1, on_restart=note_restart, module="hanging_rank")
     assert outcome.exit_code == 0
     assert len(restarts) == 1
     assert "SIGABRT" in restarts[0]
+    assert "hung: no step within 15 s after step 2" in restarts[0]
 
     hangs = folder.path / "hangs" / "after-step-2"
     assert "fall_asleep" in (hangs / "rank-1.stacks.txt").read_text()
@@ -44,6 +49,6 @@ def test_a_hang_leaves_stacks_and_ends_in_a_restart(
     records = [json.loads((hangs / f"rank-{rank}.json").read_text()) for rank in range(2)]
     assert [(record["rank"], record["last_step"]) for record in records] == [(0, 2), (1, 2)]
     assert all(record["still_s"] > 15 for record in records)
-    assert "hung: no step within 15 s after step 2" in folder.failure(1, 134)
+    assert list((folder.path / "errors").iterdir()) == [], "what another attempt mended is no failure"
     assert last_status(folder.path) == "finished"
     assert sorted(read_metrics(folder.path)["train/loss"]) == [1, 2, 3, 4, 5]

@@ -49,6 +49,12 @@ def test_the_submission_is_the_golden_one(name):
             assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
 
 
+def test_slurm_ray_s_ranks_hear_of_a_limit_by_a_file_and_its_next_turn_forgets_it():
+    script = (GOLDEN / "slurm-ray.txt").read_text()
+    assert 'tell() { printf stop > "$run/request"; }' in script
+    assert 'rm -f "$run/outcome" "$run/request"' in script
+
+
 def test_secrets_stay_out_of_what_the_dashboard_shows():
     job = json.loads(launcher_of(load_profile("ray", ELASTIC).profile).render(SPEC).files["ray-job.json"])
     assert "API_TOKEN" not in json.dumps(job)

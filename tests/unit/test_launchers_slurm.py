@@ -115,7 +115,7 @@ def test_ports_of_neighbouring_jobs_and_attempts_do_not_meet():
 class Shell:
     """The batch script under a real shell, with an `srun` of ours on a PATH of few programs."""
 
-    def __init__(self, folder, srun, programs=("scontrol",), nodes="1", settings=()):
+    def __init__(self, folder, srun, programs=("scontrol",), nodes="1", settings=(), profile="slurm"):
         self.folder, self.run = folder, folder / "lm/moe-smoke/j1"
         for part in ("errors", "checkpoints"):
             (self.run / part).mkdir(parents=True)
@@ -126,13 +126,20 @@ class Shell:
         self.program("srun", srun)
         for name in programs:
             self.program(name, f'echo "{name} $*" >> {folder}/called')
-        profile = load_profile("slurm", [f"environment.PATH={self.path}", *settings]).profile
+        profile = load_profile(profile, [f"environment.PATH={self.path}", *settings]).profile
         script = folder / "job.sbatch"
         script.write_text(launcher_of(profile).render(spec(folder)).files["job.sbatch"])
-        environment = {"PATH": str(self.path), "HOME": str(folder), "SLURM_JOB_ID": "77", "SLURM_JOB_NUM_NODES": nodes}
+        self.environment = {"PATH": str(self.path), "HOME": str(folder), "SLURM_JOB_ID": "77"}
+        self.environment["SLURM_JOB_NUM_NODES"] = nodes
+        self.start()
+
+    def start(self):
+        """Start the script, once more if it has ended."""
+        command = [shutil.which("bash"), self.folder / "job.sbatch"]
         self.process = subprocess.Popen(
-            [shutil.which("bash"), script], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            command, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
+        return self
 
     def program(self, name, body):
         path = self.path / name
@@ -187,6 +194,23 @@ def test_a_signal_to_the_shell_saves_and_requeues_unless_cancelled(tmp_path, sen
     assert ("sixfold jobs requeue j1" in output) == (programs == ())
 
 
+ASKED_BY_FILE = """
+echo started > $RUN/started
+until grep -qs stop $RUN/request; do sleep 0.05; done
+echo interrupted > $RUN/outcome
+"""
+
+
+def test_ray_s_ranks_are_asked_by_a_file_that_the_next_turn_does_not_find(tmp_path):
+    shell = Shell(tmp_path, ASKED_BY_FILE, profile="slurm-ray")
+    shell.wait_for("started")
+    shell.process.send_signal(signal.SIGUSR1)
+    code, output, calls = shell.end()
+    assert (code, calls) == (INTERRUPTED, ["scontrol requeue 77"]), output
+    shell.program("srun", "[ -e $RUN/request ] && exit 9; echo finished > $RUN/outcome")
+    assert shell.start().end()[0] == 0
+
+
 def test_a_limit_that_comes_unannounced_is_no_cancellation(tmp_path):
     shell = Shell(tmp_path, SAVING)
     shell.program("squeue", "echo TimeLimit")
@@ -218,6 +242,18 @@ def test_killed_ranks_start_again_with_another_port(tmp_path):
     assert code == 0, output
     assert "ended with code 137" in output
     assert (tmp_path / "lm/moe-smoke/j1/attempt").read_text() == "1\n"
+
+
+def test_ranks_that_hung_start_again_as_if_killed(tmp_path):
+    srun = """
+echo start >> $RUN/starts
+[ $(grep -c . $RUN/starts) = 2 ] && exit 0
+echo 'rank 0 hung: no step within 15 s' > $RUN/errors/hang-of-rank-0.txt; exit 134
+"""
+    code, output, _ = Shell(tmp_path, srun).end()
+    assert code == 0, output
+    assert "ended with code 134" in output
+    assert list((tmp_path / "lm/moe-smoke/j1/errors").iterdir()) == []
 
 
 @pytest.mark.parametrize(

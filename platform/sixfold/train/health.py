@@ -72,7 +72,8 @@ class HangDetector:
                 from the steps so far.
             after: the step before them.
         """
-        self._step, self._wanted, self._last = after, budget_s, time.monotonic()
+        self._step, self._last = after, time.monotonic()
+        self._wanted = budget_s  # in this order, as the thread reads them in the other
         try:
             yield
         finally:
@@ -94,8 +95,9 @@ class HangDetector:
 
     def _watch(self) -> None:
         while not self._stopped.wait(min(1.0, self.budget_s / 10)):
+            budget_s = self.budget_s
             still_s = time.monotonic() - self._last
-            if still_s > self.budget_s:
+            if still_s > budget_s:
                 self._end(still_s)
 
     def _end(self, still_s: float) -> None:

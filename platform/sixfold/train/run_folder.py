@@ -64,13 +64,23 @@ class RunFolder:
 
     def leave_error(self, rank: int, text: str) -> None:
         """Leave the error a rank ends with for whoever started it."""
-        (self.path / "errors").mkdir(exist_ok=True)
-        write_atomically(self._error_of(rank), text)
+        self._leave(self._error_of(rank), text)
+
+    def leave_hang(self, rank: int, text: str) -> None:
+        """Leave why a rank that stood still ends itself: unlike an error, another attempt may not meet it."""
+        self._leave(self._hang_of(rank), text)
+
+    def forget_failure(self, rank: int) -> None:
+        """Remove what an earlier attempt of a rank left."""
+        for path in (self._error_of(rank), self._hang_of(rank)):
+            path.unlink(missing_ok=True)
 
     def failure(self, rank: int | None, exit_code: int) -> str:
         """What the first rank to fail left, or how it ended if it could leave nothing."""
-        if rank is not None and self._error_of(rank).exists():
-            return self._error_of(rank).read_text()
+        left = () if rank is None else (self._error_of(rank), self._hang_of(rank))
+        for path in left:
+            if path.exists():
+                return path.read_text()
         how = signal.Signals(exit_code - 128).name if exit_code > 128 else f"exit code {exit_code}"
         return (
             f"rank {rank} ended by {how} and could leave no message\n"
@@ -79,6 +89,13 @@ class RunFolder:
 
     def _error_of(self, rank: int) -> Path:
         return self.path / "errors" / f"rank-{rank}.txt"
+
+    def _hang_of(self, rank: int) -> Path:
+        return self.path / "errors" / f"hang-of-rank-{rank}.txt"
+
+    def _leave(self, path: Path, text: str) -> None:
+        path.parent.mkdir(exist_ok=True)
+        write_atomically(path, text)
 
 
 @contextmanager
@@ -144,7 +161,7 @@ def prepare_run_folder(recipe: Recipe, directory: Path | None, *, resume: bool, 
 def take_up(folder: RunFolder, recipe: Recipe) -> None:
     """Give a held run folder the recipe as it is now, and forget how the last attempt failed."""
     write_atomically(folder.recipe, recipe.dump_yaml())
-    for stale in (folder.path / "errors").glob("rank-*.txt"):
+    for stale in (folder.path / "errors").glob("*.txt"):
         stale.unlink()
 
 

@@ -63,6 +63,13 @@ def run(folder: RunFolder, stop_requested: Callable[[], bool] | None = None) -> 
     ``stop_requested`` is asked at every step whether this rank wants all to save and end; by default signals say so.
     """
     stop_requested = stop_requested or StopRequest()
+    rank = int(os.environ.get("RANK", "0"))
+    folder.forget_failure(rank)
+    with HangDetector(folder, rank) as detector:
+        return _run(folder, stop_requested, detector)
+
+
+def _run(folder: RunFolder, stop_requested: Callable[[], bool], detector: HangDetector) -> Status:
     recipe = load_recipe(folder.recipe).recipe
     world = process_group.join()
     notes = preflight(world, folder)
@@ -80,7 +87,7 @@ def run(folder: RunFolder, stop_requested: Callable[[], bool] | None = None) -> 
         for note in notes:
             display.note(note)
         try:
-            status = job.train(events, display, stop_requested)
+            status = job.train(events, display, stop_requested, detector)
         finally:
             if events is not None:
                 events.finished(step=job.training.progress.step, status=status)
@@ -151,10 +158,12 @@ class Job:
             display.note(f"tracked at {tracker.where}")
             events.close()
 
-    def train(self, events: EventLog | None, display: Display, stop_requested: Callable[[], bool]) -> Status:
+    def train(
+        self, events: EventLog | None, display: Display, stop_requested: Callable[[], bool], detector: HangDetector
+    ) -> Status:
         """Train; when the budget of skipped steps is spent, go back once to the last good checkpoint, then give up."""
         hooks, checkpoint = self._hooks(events, display)
-        with HangDetector(self.folder, self.world.rank, self.recipe.train.hang_after_s) as detector:
+        with detector.during_steps(self.recipe.train.hang_after_s, after=self.training.progress.step):
             return self._train([*hooks, detector], checkpoint, events, display, stop_requested)
 
     def _train(
