@@ -6,6 +6,7 @@ out; sums, and the rows that metrics make of samples, come back together. Estima
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -43,6 +44,9 @@ class Evaluator:
         recipe: the resolved recipe, with an ``evaluation`` section.
         world: this rank.
         cache: folder in which trained feature extractors and reference features are kept.
+
+    Attributes:
+        drawing_s: seconds this rank has spent drawing samples, without what was made of them.
     """
 
     def __init__(self, recipe: Recipe, world: World, cache: Path) -> None:
@@ -66,6 +70,7 @@ class Evaluator:
         ]
         self._images = ImagesOf(recipe, self._info, world)
         self._cache = cache if self.config.cache is None else Path(self.config.cache).expanduser()
+        self.drawing_s = 0.0
 
     @torch.no_grad()
     def measure(self, objective: Objective, networks: Networks) -> list[Estimate]:
@@ -170,7 +175,8 @@ class Evaluator:
             request = SampleRequest(
                 seed=seed, numbers=numbers, conditions={name: value[numbers] for name, value in conditions.items()}
             )
-            yield draw(
+            started = time.perf_counter()
+            fields = draw(
                 self._sampler,
                 networks,
                 request,
@@ -178,6 +184,8 @@ class Evaluator:
                 device=self._world.device,
                 latents=self._info.latents,
             )
+            self.drawing_s += time.perf_counter() - started
+            yield fields
 
 
 class ImagesOf:
