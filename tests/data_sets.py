@@ -44,6 +44,29 @@ def make_images(root: Path, train: int = 100, val: int = 10, *, first: int = 0, 
     return root
 
 
+def make_mixed_images(
+    root: Path, sizes: Sequence[tuple[int, int]], *, captions: Sequence[str] = (), val: int = 4, per_shard: int = 10
+) -> Path:
+    """Grey images of the given heights and widths, sample ``n`` all of shade ``n % 256``; the last ``val`` are val."""
+    options = BuildOptions(out=root, val_fraction=0.1 if val else 0.0, shard_bytes=per_shard * 3600)
+    with building(options) as work:
+        for number, size in enumerate(sizes):
+            buffer = io.BytesIO()
+            Image.fromarray(np.full(size, number % 256, dtype=np.uint8)).save(buffer, "PNG")
+            members = {"png": buffer.getvalue()} | ({"txt": captions[number].encode()} if captions else {})
+            members["pad"] = bytes(max(0, 1024 - sum(map(len, members.values()))))  # shards of even length
+            split = "val" if number >= len(sizes) - val else "train"
+            work.writers[split].add(f"s{number:06d}", members, size=size)
+        tokenizer = ByteTokenizer().description() if captions else None
+        work.finish("image-text" if captions else "images", tokenizer=tokenizer, channels=1)
+    return root
+
+
+def shades_of(images) -> list[int]:
+    """Read the shades back from a batch of images of one shade each."""
+    return ((images[:, 0, 0, 0].double() + 1) * 127.5).round().long().tolist()
+
+
 def make_text(root: Path, documents: Sequence[bytes], *, shard_bytes: int = 4096) -> Path:
     """Documents of bytes as both splits, many shards."""
     tokenizer = ByteTokenizer()

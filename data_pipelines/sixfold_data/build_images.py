@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -57,6 +57,13 @@ class EncodedImage:
     data: bytes
     size: tuple[int, int]
     channels: int
+
+
+class _Loaded(NamedTuple):
+    """A sample to be written: its members by extension, and the height and width of its image."""
+
+    members: dict[str, bytes]
+    size: tuple[int, int]
 
 
 def build_images(source: Path, options: BuildOptions, image_size: int | None = None) -> BuildReport:
@@ -187,7 +194,7 @@ def _build(
     channels: set[int] = set()
     keys = KeyMaker()
 
-    def load(picture: Picture) -> dict[str, bytes] | ValueError:
+    def load(picture: Picture) -> _Loaded | ValueError:
         try:
             image = encode_image(picture.file.read_bytes(), image_size)
             members = {image.extension: image.data}
@@ -199,11 +206,11 @@ def _build(
             return ValueError(str(error))
         sizes.add(image.size)
         channels.add(image.channels)
-        return members
+        return _Loaded(members, image.size)
 
     with building(options) as work:
-        for number, (picture, members) in enumerate(ordered_map(load, pictures)):
-            _write(work, picture, members, keys)
+        for number, (picture, loaded) in enumerate(ordered_map(load, pictures)):
+            _write(work, picture, loaded, keys)
             options.progress(number + 1, len(pictures))
         return work.finish(
             "image-text" if captioned else "images",
@@ -215,11 +222,12 @@ def _build(
         )
 
 
-def _write(work: Building, picture: Picture, members: dict[str, bytes] | ValueError, keys: KeyMaker) -> None:
-    if isinstance(members, ValueError):
-        work.rejects.add(picture.file, str(members))
+def _write(work: Building, picture: Picture, loaded: _Loaded | ValueError, keys: KeyMaker) -> None:
+    if isinstance(loaded, ValueError):
+        work.rejects.add(picture.file, str(loaded))
     else:
-        work.writers[picture.split].add(keys.key(picture.name), members, label=picture.label)
+        key = keys.key(picture.name)
+        work.writers[picture.split].add(key, loaded.members, label=picture.label, size=loaded.size)
 
 
 def _caption(file: Path) -> bytes:

@@ -38,7 +38,7 @@ def build_digits(options: BuildOptions) -> BuildReport:
             split = TRAIN if done < len(order) - DIGITS_VAL_SAMPLES else VAL
             label = int(labels[number])
             members = {"png": encode_png(Image.fromarray(pixels[number])), "cls": str(label).encode()}
-            work.writers[split].add(f"digit-{number:04d}", members, label=label)
+            work.writers[split].add(f"digit-{number:04d}", members, label=label, size=(8, 8))
             options.progress(done + 1, len(order))
         return work.finish("images", classes=[str(digit) for digit in range(10)], image_size=(8, 8), channels=1)
 

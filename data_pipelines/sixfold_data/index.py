@@ -14,14 +14,17 @@ name               dtype     shape      meaning
 ``key_bytes``      uint8     [bytes]    the samples' keys in UTF-8, back to back
 ``key_start``      int64     [n + 1]    where each key starts in ``key_bytes``
 ``offset.<ext>``   int64     [n]        byte offset of the member's *data* in its shard
-``length.<ext>``   int64     [n]        its length in bytes, -1 where the sample lacks the member
+``length.<ext>``   int64     [n]        its length in bytes, -1 where the sample lacks it (of ``txt``: the caption's)
 ``crc32.<ext>``    uint32    [n]        its CRC-32, so that a flipped byte is found when it is read
 ``token_start``    int64     [n + 1]    cumulative token counts of the documents (text only)
 ``label``          int32     [n]        class number, -1 where unknown (labelled images only)
+``height``         int32     [n]        pixels of an image, cells of a latent; 0 where unknown
+``width``          int32     [n]        as ``height``
 =================  ========  =========  ============================================================================
 
 A sample's shard is not stored: samples stand in shard order and the manifest counts them by shard. The *fingerprint*
 is the SHA-256 of the manifest without etags, hence a function of the content alone: a copy elsewhere has the same one.
+Indexes of version 1, which lack heights and widths, are read too; what needs those refuses them.
 """
 
 from __future__ import annotations
@@ -43,7 +46,7 @@ from sixfold.errors import DataError
 if TYPE_CHECKING:
     from sixfold_data.store import Store
 
-FORMAT = "sixfold-data/1"
+FORMAT = "sixfold-data/2"
 MANIFEST_NAME = "dataset.json"
 DEMO_NAMES = ("digits", "stdlib", "scenes")
 Kind = Literal["text", "images", "image-text", "latents"]
@@ -96,7 +99,7 @@ class LatentsEntry(Config):
 class Manifest(Config):
     """``dataset.json``."""
 
-    format: Literal["sixfold-data/1"] = Field(description="Version of this format.")
+    format: Literal["sixfold-data/1", "sixfold-data/2"] = Field(description="Version of this format.")
     kind: Kind = Field(description="What a sample is.")
     classes: tuple[str, ...] = Field(default=(), description="Class names by label number.")
     tokenizer: dict[str, str] | None = Field(
@@ -159,7 +162,7 @@ def read_manifest(store: Store) -> Manifest:
         raise DataError.of(
             f"the manifest is malformed: {place}: {first['msg']}",
             where=where,
-            allowed=f"format {FORMAT}",
+            allowed=f"format {FORMAT}, or its predecessor sixfold-data/1",
             fix="write it again with `sixfold data index`",
         ) from error
     if manifest.fingerprint != manifest.computed_fingerprint():
@@ -206,6 +209,7 @@ class SplitIndex:
         shard_start: ``[shards + 1]`` int64, the first sample of each shard.
         members: columns by extension.
         label: ``[n]`` int32 or None.
+        height, width: ``[n]`` int32 or None, of images and latents; 0 where unknown.
         token_start: ``[n + 1]`` int64 cumulative token counts, or None.
     """
 
@@ -222,6 +226,7 @@ class SplitIndex:
             for extension in extensions
         }
         self.label = columns.get("label")
+        self.height, self.width = columns.get("height"), columns.get("width")
         self.token_start = columns.get("token_start")
         self._key_start, self._key_bytes = columns["key_start"], columns["key_bytes"]
 
@@ -240,6 +245,11 @@ class SplitIndex:
     def shard_path(self, sample: int) -> str:
         """Return the path of the shard that holds a sample."""
         return self.shards[int(np.searchsorted(self.shard_start, sample, side="right")) - 1].path
+
+    @property
+    def caption_bytes(self) -> np.ndarray | None:
+        """``[n]``, the length of each caption in bytes, -1 where a sample lacks one; None where all do."""
+        return self.members["txt"].length if "txt" in self.members else None
 
     def key(self, sample: int) -> str:
         """Return the key of a sample in its tar."""
@@ -313,12 +323,19 @@ class SplitIndexWriter:
         self._key_start = array("q", [0])
         self._members: dict[str, tuple[array[int], array[int], array[int]]] = {}
         self._labels = array("i")
+        self._heights, self._widths = array("i"), array("i")
         self._token_start = array("q", [0])
 
     def add_sample(
-        self, key: str, members: Mapping[str, MemberPlace], *, label: int | None = None, tokens: int | None = None
+        self,
+        key: str,
+        members: Mapping[str, MemberPlace],
+        *,
+        label: int | None = None,
+        tokens: int | None = None,
+        size: tuple[int, int] | None = None,
     ) -> None:
-        """Record one sample: its key, its members by extension, its class number and its token count."""
+        """Record one sample: its key, members by extension, class number, token count, and (height, width)."""
         for extension in members:
             if extension not in self._members:
                 absent = array("q", [0]) * self._samples, array("q", [-1]) * self._samples
@@ -332,6 +349,9 @@ class SplitIndexWriter:
         self._keys += key.encode()
         self._key_start.append(len(self._keys))
         self._labels.append(-1 if label is None else label)
+        height, width = size or (0, 0)
+        self._heights.append(height)
+        self._widths.append(width)
         self._token_start.append(self._token_start[-1] + (tokens or 0))
         self._samples += 1
 
@@ -370,6 +390,9 @@ class SplitIndexWriter:
         labels = np.asarray(self._labels, dtype="<i4")
         if np.any(labels >= 0):
             columns["label"] = labels
+        if any(self._heights):
+            columns["height"] = np.asarray(self._heights, dtype="<i4")
+            columns["width"] = np.asarray(self._widths, dtype="<i4")
         if self._token_start[-1]:
             columns["token_start"] = np.asarray(self._token_start, dtype="<i8")
         return columns

@@ -149,7 +149,7 @@ class _Scan:
                 if noted is None:
                     strangers.append(sample.key)
                     continue
-                writer.add_sample(sample.key, sample.members, label=noted[0], tokens=noted[1])
+                writer.add_sample(sample.key, sample.members, **noted._asdict())
                 self._samples[split] += 1
         self._remark(where, "has neither an image nor tokens and is no sample", strangers)
         writer.end_shard(path, size=file.stat().st_size, sha256=digest, etag=self._store.etag(path))

@@ -183,7 +183,7 @@ def build_scenes(options: BuildOptions, samples: int, image_size: int) -> BuildR
             scene = _worded(scenes[split == VAL], random)
             picture = Image.fromarray(render(scene, image_size, random))
             members = {"png": encode_png(picture), "txt": str(scene).encode()}
-            work.writers[split].add(f"scene-{number:06d}", members)
+            work.writers[split].add(f"scene-{number:06d}", members, size=(image_size, image_size))
             options.progress(number + 1, samples)
         return work.finish(
             "image-text",

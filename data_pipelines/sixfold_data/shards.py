@@ -36,11 +36,20 @@ class SplitWriter:
         (root / split / "index").mkdir(parents=True)
 
     def add(
-        self, key: str, members: Mapping[str, bytes], *, label: int | None = None, tokens: int | None = None
+        self,
+        key: str,
+        members: Mapping[str, bytes],
+        *,
+        label: int | None = None,
+        tokens: int | None = None,
+        size: tuple[int, int] | None = None,
     ) -> None:
-        """Append one sample; ``members`` are bytes by extension, and ``key`` has no dot after its last ``/``."""
-        size = sum(1024 + len(data) for data in members.values())
-        if self._shard is not None and self._shard.size + size > self._shard_bytes:
+        """Append one sample; ``members`` are bytes by extension, and ``key`` has no dot after its last ``/``.
+
+        ``size`` is the height and width of its image (in pixels) or latent (in cells).
+        """
+        added = sum(1024 + len(data) for data in members.values())
+        if self._shard is not None and self._shard.size + added > self._shard_bytes:
             self._end_shard()
         if self._shard is None:
             self._shard = _Shard(self._root, f"{self._split}/shard-{self._shards:06d}.tar")
@@ -48,7 +57,7 @@ class SplitWriter:
         places = {
             extension: self._shard.append(f"{key}.{extension}", data) for extension, data in sorted(members.items())
         }
-        self._index.add_sample(key, places, label=label, tokens=tokens)
+        self._index.add_sample(key, places, label=label, tokens=tokens, size=size)
         self.samples += 1
         self.bytes_written += sum(map(len, members.values()))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -18,6 +19,14 @@ IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")  # as decode.py has them, whic
 GREY_MODES = frozenset({"1", "L", "LA"})
 FAULTS_NAMED = 20
 _FIX = "write the shard again without this sample, or restore it from its source"
+
+
+class Noted(NamedTuple):
+    """What the index keeps of a sample; each None where it has none. ``size`` is the image's (height, width)."""
+
+    label: int | None = None
+    tokens: int | None = None
+    size: tuple[int, int] | None = None
 
 
 @dataclass
@@ -38,23 +47,22 @@ class Traits:
     highest_label: int = -1
     highest_token: int = -1
 
-    def note(self, sample: TarSample, read: Callable[[str], bytes], where: str) -> tuple[int | None, int | None] | None:
+    def note(self, sample: TarSample, read: Callable[[str], bytes], where: str) -> Noted | None:
         """Take one sample into account; ``read(extension)`` gives a member's bytes.
 
-        Returns (label, tokens), each None where it has none, or None if this is no sample of any kind. What is wrong
-        with it is added to ``faults``.
+        Returns None if this is no sample of any kind. What is wrong with it is added to ``faults``.
         """
         image = next((extension for extension in IMAGE_EXTENSIONS if extension in sample.members), None)
         stored = next((extension for extension in STORAGE_DTYPES if extension in sample.members), None)
         try:
             if image is not None:
-                self._note_image(read(image), captioned="txt" in sample.members)
-                return (self._label(read("cls")) if "cls" in sample.members else None), None
+                size = self._note_image(read(image), captioned="txt" in sample.members)
+                return Noted(label=self._label(read("cls")) if "cls" in sample.members else None, size=size)
             if stored is not None:
-                return None, self._note_tokens(read(stored), STORAGE_DTYPES[stored])
+                return Noted(tokens=self._note_tokens(read(stored), STORAGE_DTYPES[stored]))
         except ValueError as error:
             self.faults.append(Fault(what=str(error), where=f"{where}: {sample.key}", fix=_FIX))
-            return None, None
+            return Noted()
         return None
 
     def kind(self, where: str) -> Kind:
@@ -84,15 +92,17 @@ class Traits:
         """Return class names by label number."""
         return tuple(self.classes) or tuple(str(number) for number in range(self.highest_label + 1))
 
-    def _note_image(self, data: bytes, *, captioned: bool) -> None:
+    def _note_image(self, data: bytes, *, captioned: bool) -> tuple[int, int]:
         try:
             with Image.open(io.BytesIO(data)) as image:
-                self.sizes.add((image.height, image.width))
+                size = image.height, image.width
+                self.sizes.add(size)
                 self.channels.add(1 if image.mode in GREY_MODES else 3)
         except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
             raise ValueError(f"not a readable image ({error})") from error
         self.pictures += 1
         self.captioned += captioned
+        return size
 
     def _label(self, data: bytes) -> int:
         text = data.decode("utf-8", errors="replace").strip()

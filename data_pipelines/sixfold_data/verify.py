@@ -149,13 +149,20 @@ def _sample_faults(manifest: Manifest, index: SplitIndex, sample: int, content: 
 def _member_faults(manifest: Manifest, index: SplitIndex, sample: int, extension: str, data: bytes) -> Iterator[str]:
     try:
         if extension in IMAGE_EXTENSIONS:
-            decode_image(data)
+            yield from _size_faults(index, sample, decode_image(data).shape[:2])
         elif extension != "cls":  # the index holds the label; a member may be a class's name
             decoded = decode_member(extension, data)
             if extension in STORAGE_DTYPES:
                 yield from _token_faults(manifest, index, sample, np.asarray(decoded))
     except UndecodableError as error:
         yield str(error)
+
+
+def _size_faults(index: SplitIndex, sample: int, size: tuple[int, ...]) -> Iterator[str]:
+    if index.height is not None and index.width is not None:
+        indexed = (int(index.height[sample]), int(index.width[sample]))
+        if size != indexed:
+            yield "the image is {}x{}, the index says {}x{}".format(*size, *indexed)
 
 
 def _token_faults(manifest: Manifest, index: SplitIndex, sample: int, tokens: np.ndarray) -> Iterator[str]:

@@ -102,9 +102,9 @@ def test_no_index(data, command):
 
 def test_an_index_of_an_unknown_version(data, command):
     manifest = data / "images" / "dataset.json"
-    manifest.write_text(manifest.read_text().replace("sixfold-data/1", "sixfold-data/9"))
+    manifest.write_text(manifest.read_text().replace("sixfold-data/2", "sixfold-data/9"))
     assert_one_screen(
-        command("data", "inspect", data / "images"), "dataset.json", "format", "allowed: format sixfold-data/1"
+        command("data", "inspect", data / "images"), "dataset.json", "format", "allowed: format sixfold-data/2"
     )
 
 

@@ -199,7 +199,7 @@ def _write_shards(folder: Path, passes: Iterator[Samples], info: DataInfo) -> li
                 label = None if labels is None else int(labels[row])
                 if label is not None:
                     members["cls"] = str(label).encode()
-                work.writers[TRAIN].add(f"sample-{number:08d}", members, label=label)
+                work.writers[TRAIN].add(f"sample-{number:08d}", members, label=label, size=(height, width))
                 number += 1
         work.finish("images", classes=classes, image_size=(height, width), channels=channels)
     return sorted(folder.rglob("*.tar"))
