@@ -6,6 +6,7 @@ import itertools
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from data_sets import make_images, make_text, numbers_of, png
@@ -15,16 +16,19 @@ from sixfold_data.config import DataConfig
 from sixfold_data.index import open_split, read_manifest
 from sixfold_data.store import open_store
 from sixfold_data.stream import TrainStream
+from sixfold_data.tokenizers import ByteTokenizer
 
 
-def flip_byte(root: Path, number: int, extension: str = "png", split: str = "train") -> None:
-    """Invert the middle byte of one member, where it lies in its shard."""
+def flip(
+    root: Path, number: int, extension: str = "png", split: str = "train", *, mask: int = 0xFF, at: int | None = None
+) -> None:
+    """Flip the bits of ``mask`` in one byte of a member (its middle one), where it lies in its shard."""
     store = open_store(str(root))
     index = open_split(store, read_manifest(store), split)
     member = index.members[extension]
     shard = root / index.shard_path(number)
     content = bytearray(shard.read_bytes())
-    content[int(member.offset[number] + member.length[number] // 2)] ^= 0xFF
+    content[int(member.offset[number]) + (int(member.length[number]) // 2 if at is None else at)] ^= mask
     shard.write_bytes(content)
 
 
@@ -45,7 +49,7 @@ def test_flipped_bytes_are_replaced_at_the_same_position_and_logged(tmp_path):
     root = make_images(tmp_path / "set")
     sound, _ = epoch(root)
     for number in (7, 42):
-        flip_byte(root, number)
+        flip(root, number)
     log = tmp_path / "run" / "quarantine.jsonl"
     damaged, count = epoch(root, log)
     assert count == 2
@@ -81,7 +85,7 @@ def test_a_sample_without_its_image_is_replaced(tmp_path):
 def test_the_budget_ends_the_run_with_one_clear_error(tmp_path):
     root = make_images(tmp_path / "set")
     for number in (7, 42, 77):
-        flip_byte(root, number)
+        flip(root, number)
     assert epoch(root, max_samples=3)[1] == 3
     assert epoch(root, max_samples=0, max_fraction=0.03)[1] == 3
     with pytest.raises(DataError) as raised:
@@ -102,7 +106,7 @@ def test_the_budget_ends_the_run_with_one_clear_error(tmp_path):
 def test_a_hopeless_data_set_does_not_draw_forever(tmp_path):
     root = make_images(tmp_path / "set")
     for number in range(100):
-        flip_byte(root, number)
+        flip(root, number)
     with pytest.raises(DataError, match="nor 16 others"):
         epoch(root, max_samples=1000)
 
@@ -123,14 +127,48 @@ def test_a_missing_shard_is_named(tmp_path):
         epoch(root)
 
 
-def test_tokens_beyond_the_vocabulary_are_corrupt(tmp_path):
-    root = make_text(tmp_path / "text", [bytes([number]) * 100 for number in range(50)])
-    flip_byte(root, 5, "u16")
+def text_epoch(root: Path, log: Path | None = None) -> tuple[np.ndarray, int]:
+    """All sequences of one epoch of single-byte documents, in order, and how many documents could not be read."""
     config = DataConfig(path=str(root), global_batch=4, sequence_length=20)
-    stream = TrainStream(config, seed=0, rank=0, world_size=1, start_samples=0, quarantine_path=None)
-    for batch in itertools.islice(stream, 62):
-        assert batch["tokens"].max() <= 256
-    assert stream.corrupt_count == 1
+    stream = TrainStream(config, seed=0, rank=0, world_size=1, start_samples=0, quarantine_path=log)
+    rows = np.concatenate([batch["tokens"].numpy() for batch in itertools.islice(stream, 62)])
+    return rows, stream.corrupt_count
+
+
+def test_a_flipped_bit_of_text_is_found_although_it_stays_in_the_vocabulary(tmp_path):
+    root = make_text(tmp_path / "text", [bytes([2 * number]) * 100 for number in range(50)])
+    sound, _ = text_epoch(root)
+    flip(root, 5, "u16", mask=0x01, at=60)  # its 31st token: 10 becomes 11, which no document holds
+    log = tmp_path / "quarantine.jsonl"
+    damaged, count = text_epoch(root, log)
+    assert count == 1
+    (line,) = (json.loads(line) for line in log.read_text().splitlines())
+    assert line["key"] == "d000005"
+    assert line["reason"] == "the checksum of its .u16 does not match the index"
+    touched = (sound == 10).any(1)
+    assert (damaged != sound).any(1)[touched].all(), "every sequence that needs the document is replaced"
+    assert np.array_equal(damaged[~touched], sound[~touched]), "and no other"
+    assert not np.isin(damaged, [10, 11]).any()
+
+
+def test_a_long_document_is_checked_in_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr("sixfold_data.members.CHECKED_AT_ONCE_BYTES", 64)
+    root = make_text(tmp_path / "text", [bytes([2 * number]) * 100 for number in range(50)])
+    assert text_epoch(root)[1] == 0
+    flip(root, 5, "u16", mask=0x01, at=150)
+    assert text_epoch(root)[1] == 1
+
+
+def test_tokens_beyond_the_vocabulary_are_corrupt(tmp_path):
+    root = tmp_path / "text"
+    with building(BuildOptions(out=root, val_fraction=0.0)) as work:
+        for number in range(50):
+            tokens = np.append(np.full(100, 300 if number == 5 else number), 256).astype("<u2")
+            work.writers["train"].add(f"d{number:06d}", {"u16": tokens.tobytes()}, tokens=len(tokens))
+        work.finish("text", tokenizer=ByteTokenizer().description())
+    rows, count = text_epoch(root)
+    assert rows.max() <= 256
+    assert count == 1
 
 
 def edit_manifest(root: Path, edit) -> None:
