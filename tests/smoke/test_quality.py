@@ -109,5 +109,7 @@ def test_compare_finds_a_run_equal_to_itself(trained, tmp_path):
 def test_export_writes_safetensors(trained, tmp_path):
     from safetensors.torch import load_file
 
-    output_of("export", str(trained["flow/dit-smoke"]), "--out", str(tmp_path / "dit.safetensors"), folder=tmp_path)
-    assert any(name.startswith("layers.0.") for name in load_file(tmp_path / "dit.safetensors"))
+    run, file = str(trained["flow/dit-smoke"]), str(tmp_path / "dit.safetensors")
+    written = json.loads(output_of("export", run, "--out", file, "--json", folder=tmp_path))
+    assert written == {"files": [file]}
+    assert any(name.startswith("layers.0.") for name in load_file(file))

@@ -82,11 +82,15 @@ def test_faults_name_the_stage_and_the_line(pipeline, tmp_path):
 
 def test_the_command_runs_pipelines_too(pipeline, tmp_path):
     assert is_pipeline(pipeline)
-    done = subprocess.run(
-        [sys.executable, "-m", "sixfold.cli.main", "run", str(pipeline), "--dry-run", "--run-dir", str(tmp_path / "o")],
-        capture_output=True,
-        text=True,
-        check=True,
+    command = [sys.executable, "-m", "sixfold.cli.main", "run", str(pipeline), "--dry-run"]
+    told, record = (
+        subprocess.run(
+            [*command, *more, "--run-dir", str(tmp_path / "o")], capture_output=True, text=True, check=True
+        ).stdout
+        for more in ([], ["--json"])
     )
-    assert "would make" in done.stdout
-    assert "data demo digits" in done.stdout
+    assert "would make" in told
+    assert "data demo digits" in told
+    stages = json.loads(record)["stages"]
+    assert [(stage["name"], stage["finished"]) for stage in stages] == [("digits", False), ("model", False)]
+    assert stages[0]["command"][:3] == ["data", "demo", "digits"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +13,7 @@ import typer
 from sixfold.cli.outcome import exit_code_of, fail
 
 if TYPE_CHECKING:
+    from sixfold.pipeline.runner import PlannedStage
     from sixfold.recipe.recipe import Recipe
 
 RecipeArgument = Annotated[
@@ -41,6 +44,7 @@ def run(
     max_restarts: Annotated[int, typer.Option(min=0, help="Fresh starts after a rank was killed.")] = 0,
     dry_run: Annotated[bool, typer.Option(help="Rehearse on a fake process group of --world-size ranks.")] = False,
     world_size: Annotated[int, typer.Option(min=1, help="Ranks of the rehearsal.")] = 512,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what --dry-run found as one JSON object.")] = False,
 ) -> None:
     """Train a recipe, or run a pipeline's stages, on this machine.
 
@@ -53,15 +57,19 @@ def run(
     from sixfold.recipe.load import load_recipe
 
     source = find_recipe(recipe)
-    if is_pipeline(source):
-        _run_pipeline(source, overrides or [], run_dir, dry_run=dry_run)
-        return
     if resume not in ("auto", "never"):
         raise UserError.of(f"--resume is {resume!r}", allowed="auto, never")
+    if as_json and not dry_run:
+        raise UserError.of(
+            "--json tells what --dry-run found; a run's record is its folder", fix="add --dry-run, or read events.jsonl"
+        )
+    if is_pipeline(source):
+        _run_pipeline(source, overrides or [], run_dir, dry_run=dry_run, as_json=as_json)
+        return
     loaded = load_recipe(recipe, overrides or [])
     check_recipe(loaded.recipe, world_size if dry_run else nproc, provenance=loaded.provenance)
     if dry_run:
-        _rehearse(loaded.recipe, world_size)
+        _rehearse(loaded.recipe, world_size, as_json=as_json)
         return
 
     from sixfold.tracking.events import last_status
@@ -83,7 +91,7 @@ def run(
         raise typer.Exit(1)
 
 
-def _run_pipeline(source: Path, overrides: list[str], run_dir: Path | None, *, dry_run: bool) -> None:
+def _run_pipeline(source: Path, overrides: list[str], run_dir: Path | None, *, dry_run: bool, as_json: bool) -> None:
     """Run a pipeline's stages in turn; its folder is ``runs/<name>`` by default, so that running again goes on."""
     from sixfold.pipeline.load import load_pipeline
     from sixfold.pipeline.runner import plan, run_pipeline
@@ -92,19 +100,41 @@ def _run_pipeline(source: Path, overrides: list[str], run_dir: Path | None, *, d
     pipeline = load_pipeline(source, overrides)
     root = run_dir if run_dir is not None else RUNS / pipeline.name
     if dry_run:
-        for stage in plan(pipeline, root):
-            typer.echo(f"{stage.name}: {'finished, in' if stage.finished else 'would make'} {stage.folder}")
-            typer.echo(f"  sixfold {' '.join(stage.command)}")
+        _print_stages(plan(pipeline, root), as_json=as_json)
         return
     code = run_pipeline(pipeline, root, typer.echo)
     if code:
         raise typer.Exit(exit_code_of(code))
 
 
-def _rehearse(recipe: Recipe, world_size: int) -> None:
+def _print_stages(stages: Sequence[PlannedStage], *, as_json: bool) -> None:
+    if as_json:
+        records = [
+            {
+                "name": stage.name,
+                "key": stage.key,
+                "folder": str(stage.folder),
+                "finished": stage.finished,
+                "command": stage.command,
+            }
+            for stage in stages
+        ]
+        typer.echo(json.dumps({"stages": records}))
+        return
+    for stage in stages:
+        typer.echo(f"{stage.name}: {'finished, in' if stage.finished else 'would make'} {stage.folder}")
+        typer.echo(f"  sixfold {' '.join(stage.command)}")
+
+
+def _rehearse(recipe: Recipe, world_size: int, *, as_json: bool) -> None:
     from sixfold.cli.screen import print_table
     from sixfold.train.rehearsal import rehearse_recipe
 
+    roles = rehearse_recipe(recipe, world_size)
+    if as_json:
+        found = {role: asdict(rehearsal) for role, rehearsal in roles.items()}
+        typer.echo(json.dumps({"recipe": recipe.name, "world_size": world_size, "roles": found}))
+        return
     rows = [
         (
             role,
@@ -114,7 +144,7 @@ def _rehearse(recipe: Recipe, world_size: int) -> None:
                 for size in (found.parameter_bytes, found.gradient_bytes, found.optimizer_bytes, found.average_bytes)
             ),
         )
-        for role, found in rehearse_recipe(recipe, world_size).items()
+        for role, found in roles.items()
     ]
     headings = ("role", "parameters", "parameters MiB", "gradients MiB", "optimizer MiB", "average MiB")
     print_table(f"{recipe.name} on {world_size} ranks: one step rehearsed; held by each rank", headings, rows)
@@ -172,6 +202,7 @@ def export(
     run: RunArgument,
     out: Annotated[Path, typer.Option(help="File to write; must not exist.")],
     averaged: Annotated[bool, typer.Option(help="The averaged weights, where the run keeps them.")] = True,
+    as_json: JsonOption = False,
 ) -> None:
     """Write a run's newest weights as one safetensors file.
 
@@ -180,5 +211,9 @@ def export(
     from sixfold.tracking.runs import find_run
     from sixfold.train.inference import export_run
 
-    for path in export_run(find_run(run), out=out, averaged=averaged):
+    files = export_run(find_run(run), out=out, averaged=averaged)
+    if as_json:
+        typer.echo(json.dumps({"files": [str(path) for path in files]}))
+        return
+    for path in files:
         typer.echo(f"wrote {path}")
