@@ -21,6 +21,8 @@ from sixfold_launchers.snapshot import Snapshot, plan_snapshot, record_code, shi
 
 JOBS, CODE = ".jobs", ".code"
 """Folders below a profile's ``runs`` that hold jobs' scripts and logs, and code snapshots."""
+AUTO_KEY = "auto"
+"""As a key: one made of all that two equal submissions have in common."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +35,13 @@ class Plan:
     snapshot: Snapshot
     launcher: Launcher
     submission: Submission
-    key: str | None
+    named_key: str | None
     resumes: bool
+
+    @property
+    def key(self) -> str | None:
+        """What makes the submission idempotent."""
+        return f"{AUTO_KEY}-{self.digest[:16]}" if self.named_key == AUTO_KEY else self.named_key
 
     @property
     def digest(self) -> str:
@@ -89,7 +96,7 @@ def plan(
         snapshot=snapshot,
         launcher=launcher,
         submission=launcher.render(spec),
-        key=key,
+        named_key=key,
         resumes=run_dir is not None,
     )
 
@@ -129,8 +136,10 @@ def check(made: Plan) -> list[Fault]:
     return [*faults, *made.launcher.check(made.spec)]
 
 
-def submit(made: Plan, book: JobBook) -> tuple[JobRecord, bool]:
+def submit(made: Plan, book: JobBook, *, retry: bool = False) -> tuple[JobRecord, bool]:
     """Carry a plan out; return the job, and whether it is new (else its key had been submitted before).
+
+    With ``retry`` a job of the key that ended unfinished gets another turn.
 
     Raises:
         UserError: the cluster or a check refuses, another job works on the run, or the key means something else.
@@ -150,7 +159,7 @@ def submit(made: Plan, book: JobBook) -> tuple[JobRecord, bool]:
     )
     known = book.begin(job)
     if known is not None and not _is_unconfirmed(book, known):
-        return book.find(known.job_id), False
+        return _turned(book, known) if retry else book.find(known.job_id), False
     if known is not None:
         book.forget(known.job_id)
         book.begin(job)
@@ -185,6 +194,24 @@ def _is_unconfirmed(book: JobBook, job: JobRecord) -> bool:
             fix=f"if it was killed, submit again when {SUBMISSION_TIMEOUT_S:.0f} s have passed",
         )
     return now.cluster_id is None
+
+
+def _turned(book: JobBook, job: JobRecord) -> JobRecord:
+    """The job as it is now, started again if it ended before it was complete."""
+    [(now, fault)] = reconcile(book, [job])
+    if fault is not None:
+        raise fault
+    return give_another_turn(book, now) if now.ended and now.state != "finished" else now
+
+
+def give_another_turn(book: JobBook, job: JobRecord) -> JobRecord:
+    """Start a job again: a running one saves first, one that ended resumes from its newest checkpoint.
+
+    Raises:
+        UserError: it waits already, or is finished.
+    """
+    cluster_id = launcher_of(job.profile).requeue(job)
+    return book.update(replace(job, cluster_id=cluster_id, state="pending", detail="requeued"))
 
 
 def _refuse_second_job(made: Plan, book: JobBook) -> None:

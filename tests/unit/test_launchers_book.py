@@ -19,6 +19,7 @@ from sixfold_launchers.profile_files import ProfileError, describe_kind, load_pr
 from sixfold_launchers.profiles import KINDS, profile_of
 from sixfold_launchers.secrets import put_into_environment, resolve
 from sixfold_launchers.snapshot import plan_snapshot, ship
+from sixfold_launchers.submission import plan
 from sixfold_launchers.sweep import load_sweep
 
 
@@ -65,6 +66,16 @@ def test_a_key_stands_for_one_submission(tmp_path):
         book.begin(record(tmp_path, "j3", key="k", digest="other"))
     book.forget("j1")
     assert book.begin(record(tmp_path, "j2", key="k")) is None
+
+
+def test_an_automatic_key_stands_for_recipe_profile_and_folder(tmp_path):
+    def key(*, steps=3, ranks=1, folder="run"):
+        profile = load_profile("local", [f"ranks={ranks}"])
+        settings = ["data.path=x", f"train.steps={steps}"]
+        return plan("lm/moe-smoke", settings, profile, run_dir=tmp_path / folder, key="auto").key
+
+    assert key() == key()
+    assert len({key(), key(steps=4), key(ranks=2), key(folder="other")}) == 4
 
 
 def begin_many(folder, number):

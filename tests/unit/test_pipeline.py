@@ -9,6 +9,7 @@ import pytest
 from sixfold.errors import RecipeError
 from sixfold.pipeline.load import is_pipeline, load_pipeline
 from sixfold.pipeline.runner import plan, run_pipeline
+from sixfold_launchers.job_book import JobBook
 
 TWO_STAGES = """
 name: two
@@ -66,6 +67,28 @@ def test_a_failed_stage_stops_the_pipeline_and_goes_on_later(pipeline, tmp_path)
     assert run_pipeline(broken, tmp_path / "out", said.append) == 2
     assert len(said) == 2
     assert not plan(broken, tmp_path / "out")[0].finished
+
+
+FAILS_ONCE = """#!/bin/sh
+[ -e {folder}/failed ] && exec {python} "$@"
+touch {folder}/failed
+echo 1 > "$3/exit_code"
+"""
+
+
+def test_a_submitted_stage_whose_job_failed_gets_another_turn(pipeline, tmp_path, monkeypatch):
+    monkeypatch.setenv("SIXFOLD_STATE", str(tmp_path / "book"))
+    python = tmp_path / "python"
+    python.write_text(FAILS_ONCE.format(folder=tmp_path, python=sys.executable))
+    python.chmod(0o755)
+    resources = [f"stages.model.profile_settings={json.dumps({'python': str(python), 'runs': str(tmp_path)})}"]
+    submitted = load_pipeline(pipeline, ["stages.model.profile=local", *resources])
+    said = []
+    assert run_pipeline(submitted, tmp_path / "out", said.append) == 1
+    assert [job.state for job in JobBook().jobs()] == ["failed"]
+    assert run_pipeline(submitted, tmp_path / "out", said.append) == 0
+    assert [job.state for job in JobBook().jobs()] == ["finished"], "the same job, started again"
+    assert plan(submitted, tmp_path / "out")[1].finished
 
 
 def test_faults_name_the_stage_and_the_line(pipeline, tmp_path):

@@ -48,7 +48,10 @@ def submit(
     array: Annotated[
         Path | None, typer.Option(metavar="SWEEP.yaml", help="A sweep: one run for each of its points.")
     ] = None,
-    key: Annotated[str | None, typer.Option(help="Submit at most once under this key.")] = None,
+    key: Annotated[
+        str | None, typer.Option(help="Submit at most once under this key; auto: per recipe, profile, code and folder.")
+    ] = None,
+    retry: Annotated[bool, typer.Option(help="If the key's job ended unfinished, give it another turn.")] = False,
     dry_run: Annotated[bool, typer.Option(help="Print exactly what would be submitted, and check it.")] = False,
     follow: Annotated[bool, typer.Option(help="Show the log until the job has ended; requeue it if need be.")] = False,
     as_json: JsonOption = False,
@@ -57,6 +60,7 @@ def submit(
 
     Example: sixfold submit lm/moe-smoke --to slurm train.steps=100 --with nodes=2 --dry-run
     """
+    from sixfold.errors import UserError
     from sixfold_launchers.job_book import JobBook
     from sixfold_launchers.profile_files import load_profile
     from sixfold_launchers.submission import plan
@@ -66,16 +70,21 @@ def submit(
     sweep = [] if array is None else load_sweep(array)
     loaded = load_profile(to, settings or [])
     made = plan(recipe, overrides or [], loaded, sweep=sweep, run_dir=run_dir, key=key)
+    if retry and key is None:
+        raise UserError.of("--retry has no key to go by", where="--key", fix="name one, or let it be made: --key auto")
     if dry_run:
         _show_plan(made, as_json=as_json)
         return
-    job, is_new = carry_out(made, JobBook())
+    job, is_new = carry_out(made, JobBook(), retry=retry)
     if as_json:
         typer.echo(json.dumps({**_described(job), "new": is_new}))
     elif is_new:
         _announce(job, [*made.submission.notes, *made.snapshot.summary()])
     else:
-        typer.echo(f"job {job.job_id} was submitted under this key before; it is {job.state}")
+        typer.echo(
+            f"job {job.job_id} was submitted under this key before; it is {job.state}"
+            + (f" ({job.detail})" if job.detail else "")
+        )
     if follow:
         _follow(job)
 
@@ -119,6 +128,7 @@ def _follow(job: JobRecord) -> None:
     """Show the log until the job has ended, and give it another turn where its node could not ask for one."""
     from sixfold_launchers.contract import launcher_of
     from sixfold_launchers.job_book import JobBook
+    from sixfold_launchers.submission import give_another_turn
 
     book, launcher = JobBook(), launcher_of(job.profile)
     while True:
@@ -127,7 +137,7 @@ def _follow(job: JobRecord) -> None:
         job = _now(book, [job])[0]
         if job.state != "interrupted":
             break
-        job = _give_another_turn(book, job)
+        job = give_another_turn(book, job)
     typer.echo(f"job {job.job_id} {job.state}" + (f": {job.detail}" if job.detail else ""), err=True)
     if job.state != "finished":
         raise typer.Exit(1)
@@ -237,13 +247,14 @@ def requeue(
     """
     from sixfold.errors import UserError
     from sixfold_launchers.job_book import JobBook
+    from sixfold_launchers.submission import give_another_turn
 
     if (job is None) != interrupted:
         raise UserError.of("name a job, or all with --interrupted", allowed="one of the two", fix="sixfold jobs list")
     book = JobBook()
     found = [book.find(job)] if job is not None else book.jobs()
     now = _now(book, found)
-    turned = [_give_another_turn(book, each) for each in now if job is not None or each.state == "interrupted"]
+    turned = [give_another_turn(book, each) for each in now if job is not None or each.state == "interrupted"]
     if as_json:
         typer.echo(json.dumps([_described(each) for each in turned]))
         return
@@ -284,14 +295,6 @@ def _now(book: Any, jobs: Sequence[JobRecord]) -> list[JobRecord]:
             print(f"warning: {fault}", file=sys.stderr)
         found.append(job if fault is None else replace(job, detail="last known; its cluster does not answer"))
     return found
-
-
-def _give_another_turn(book: Any, job: JobRecord) -> JobRecord:
-    from sixfold_launchers.contract import launcher_of
-
-    cluster_id = launcher_of(job.profile).requeue(job)
-    turned: JobRecord = book.update(replace(job, cluster_id=cluster_id, state="pending", detail="requeued"))
-    return turned
 
 
 def _described(job: JobRecord) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def plan(pipeline: PipelineConfig, root: Path) -> list[PlannedStage]:
             name=name,
             key=key,
             folder=folder,
-            command=_command(stage, folders, key),
+            command=_command(stage, folders),
             inputs=inputs,
             resumable=isinstance(stage, TrainStage) or stage.resumable,
         )
@@ -137,14 +137,14 @@ def _overrides(stage: TrainStage, folders: dict[str, str]) -> list[str]:
     return [f"{key}={json.dumps(fill(value, folders))}" for key, value in stage.settings.items()]
 
 
-def _command(stage: StageConfig, folders: dict[str, str], key: str) -> tuple[str, ...]:
+def _command(stage: StageConfig, folders: dict[str, str]) -> tuple[str, ...]:
     if isinstance(stage, CommandStage):
         return tuple(fill(list(stage.command), folders))
     common = [stage.recipe, *_overrides(stage, folders), "--run-dir", folders[HERE]]
     if stage.profile is None:
         return ("run", *common, "--nproc", str(stage.nproc))
     settings = [part for name, value in stage.profile_settings.items() for part in ("--with", f"{name}={value}")]
-    return ("submit", *common, "--to", stage.profile, *settings, "--key", key, "--follow")
+    return ("submit", *common, "--to", stage.profile, *settings, "--key", "auto", "--retry", "--follow")
 
 
 def _run(stage: PlannedStage, more: Sequence[str]) -> int:
