@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ import torch
 from sixfold.errors import DataError
 from sixfold.objectives.contract import Batch
 from sixfold_data.config import DataConfig
-from sixfold_data.describe import check_alike
+from sixfold_data.describe import check_alike, combined_fingerprint
 from sixfold_data.order import Places
 from sixfold_data.quarantine import Quarantine
 from sixfold_data.reading import read_fields, scatter
@@ -30,6 +31,7 @@ class EvaluationReader:
         batch: samples of one rank's batch.
         rank, world_size: this rank's share.
         limit: read only the first so many samples, over all ranks.
+        quarantine_path: file that lists unreadable samples, shared with the training stream; or None.
 
     Raises:
         DataError: the data set is malformed or lacks the split, or holds too many unreadable samples.
@@ -44,10 +46,12 @@ class EvaluationReader:
         rank: int = 0,
         world_size: int = 1,
         limit: int | None = None,
+        quarantine_path: Path | None = None,
     ) -> None:
         name = config.splits.evaluation if split is None else split
         self._sources = [open_source(config, path, name, seed=None) for path in config.paths]
-        check_alike([source.manifest for source in self._sources], config.paths)
+        manifests = [source.manifest for source in self._sources]
+        check_alike(manifests, config.paths)
         self._start = np.cumsum([0, *(len(source.order) for source in self._sources)])
         available = int(self._start[-1])
         if not available:
@@ -57,7 +61,13 @@ class EvaluationReader:
                 fix="build the data set with a larger share of that split, or shorten data.sequence_length",
             )
         self.samples = available if limit is None else min(limit, available)
-        self._quarantine = Quarantine(config.corrupt, samples=available, log=None)
+        self._quarantine = Quarantine(
+            config.corrupt,
+            fingerprint=combined_fingerprint(manifests),
+            split=name,
+            samples=available,
+            log=quarantine_path,
+        )
         self._batch, self._rank, self._world_size = batch, rank, world_size
 
     def __len__(self) -> int:
@@ -86,7 +96,7 @@ class EvaluationReader:
         return Batch(scatter(parts, len(positions)), torch.from_numpy(positions))
 
 
-def read_split_arrays(config: DataConfig, split: str) -> dict[str, np.ndarray]:
+def read_split_arrays(config: DataConfig, split: str, *, quarantine_path: Path | None = None) -> dict[str, np.ndarray]:
     """Read a whole (small) split into arrays: the fields of a batch with all samples, in stored order."""
-    batches = list(EvaluationReader(config, split=split, batch=256))
+    batches = list(EvaluationReader(config, split=split, batch=256, quarantine_path=quarantine_path))
     return {name: torch.cat([batch[name] for batch in batches]).numpy() for name in batches[0].fields}

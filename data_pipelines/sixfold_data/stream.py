@@ -38,10 +38,11 @@ class TrainStream:
         seed: the recipe's seed.
         rank, world_size: this rank's share; ranks must divide lanes.
         start_samples: samples consumed so far, a multiple of the lanes.
-        quarantine_path: file that lists unreadable samples, or None.
+        quarantine_path: file that lists unreadable samples and is shared by ranks and attempts; None counts those of
+            this rank alone.
 
     Attributes:
-        corrupt_count: distinct unreadable samples that this rank has met.
+        corrupt_count: distinct unreadable samples that the job has met, earlier attempts included.
 
     Raises:
         DataError: the data set is malformed or has changed, or unreadable samples exceed their budget.
@@ -71,7 +72,13 @@ class TrainStream:
         sources = self._batches.sources  # opened here, so that faults of the data show before anything starts
         self._fingerprint = combined_fingerprint([source.manifest for source in sources])
         samples = sum(len(source.order) for source in sources)
-        self._quarantine = Quarantine(config.corrupt, samples=samples, log=quarantine_path)
+        self._quarantine = Quarantine(
+            config.corrupt,
+            fingerprint=self._fingerprint,
+            split=config.splits.train,
+            samples=samples,
+            log=quarantine_path,
+        )
         self._waited_s = 0.0
         self._loader = _make_loader(self._batches, config, start_samples)
         self._items: Iterator[Fetched] = iter(self._loader)
@@ -97,7 +104,7 @@ class TrainStream:
 
     @property
     def corrupt_count(self) -> int:
-        """Distinct unreadable samples that this rank has met."""
+        """Distinct unreadable samples that all ranks have met, in this attempt and those before it."""
         return self._quarantine.count
 
     def state(self) -> DataState:

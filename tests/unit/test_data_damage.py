@@ -12,7 +12,8 @@ import pytest
 from data_sets import make_images, make_text, numbers_of, png
 from sixfold.errors import DataError
 from sixfold_data.build import BuildOptions, building
-from sixfold_data.config import DataConfig
+from sixfold_data.config import CorruptConfig, DataConfig
+from sixfold_data.evaluation import EvaluationReader
 from sixfold_data.index import open_split, read_manifest
 from sixfold_data.store import open_store
 from sixfold_data.stream import TrainStream
@@ -94,13 +95,84 @@ def test_the_budget_ends_the_run_with_one_clear_error(tmp_path):
     for part in (
         "s0000",
         "shard-",
-        "3 unreadable samples of 100",
+        "3 unreadable samples of 100 in split train",
         "allowed: 2",
         "data verify",
         "quarantine.jsonl",
     ):
         assert part in message
     assert raised.value.exit_code == 2
+
+
+def open_numbered(root: Path, log: Path | None, *, start=0, rank=0, world_size=1, **corrupt) -> TrainStream:
+    config = DataConfig.model_validate({"path": str(root), "global_batch": 20, "lanes": 10, "corrupt": corrupt})
+    return TrainStream(config, seed=0, rank=rank, world_size=world_size, start_samples=start, quarantine_path=log)
+
+
+def test_a_restart_goes_on_with_the_budget_and_the_log(tmp_path):
+    root, log = make_images(tmp_path / "set"), tmp_path / "quarantine.jsonl"
+    for number in (7, 42):
+        flip(root, number)
+    list(itertools.islice(open_numbered(root, log, max_samples=2), 5))
+    written = log.read_text()
+    again = open_numbered(root, log, max_samples=2)
+    assert again.corrupt_count == 2, "before anything is read"
+    list(itertools.islice(again, 5))
+    assert again.corrupt_count == 2
+    assert log.read_text() == written, "nothing is written down twice"
+    flip(root, 77)
+    for _ in range(2):  # nor does a restart let the sample pass that ended the attempt before
+        with pytest.raises(DataError, match="3 unreadable samples"):
+            list(itertools.islice(open_numbered(root, log, max_samples=2), 5))
+    assert len(log.read_text().splitlines()) == 3
+
+
+def test_the_budget_is_that_of_all_ranks_together(tmp_path):
+    root, log = make_images(tmp_path / "set"), tmp_path / "quarantine.jsonl"
+    halves = [
+        {number for batch in itertools.islice(stream, 5) for number in numbers_of(batch["image"])}
+        for stream in (open_numbered(root, None, rank=rank, world_size=2) for rank in range(2))
+    ]
+    for half in halves:
+        flip(root, min(half))
+    ranks = [open_numbered(root, log, rank=rank, world_size=2, max_samples=2) for rank in range(2)]
+    for _ in range(5):
+        for rank in ranks:
+            next(rank)
+    assert [rank.corrupt_count for rank in ranks] == [2, 2]
+    log.unlink()
+    strict = [open_numbered(root, log, rank=rank, world_size=2, max_samples=1) for rank in range(2)]
+    list(itertools.islice(strict[0], 5))
+    with pytest.raises(DataError, match="2 unreadable samples of 100"):
+        list(itertools.islice(strict[1], 5))
+
+
+def test_a_line_that_was_cut_short_does_not_hide_the_others(tmp_path):
+    root, log = make_images(tmp_path / "set"), tmp_path / "quarantine.jsonl"
+    flip(root, 7)
+    list(itertools.islice(open_numbered(root, log), 5))
+    whole = log.read_text()
+    log.write_text(whole[:40] + "\n" + whole + whole[:40])
+    assert open_numbered(root, log).corrupt_count == 1
+
+
+def test_held_out_damage_is_logged_and_counted_apart_from_the_training_split(tmp_path):
+    root, log = make_images(tmp_path / "set"), tmp_path / "quarantine.jsonl"
+    flip(root, 7)
+    flip(root, 3, split="val")
+    stream = open_numbered(root, log)
+    list(itertools.islice(stream, 5))
+    config = DataConfig(path=str(root), global_batch=20)
+    for _ in range(2):
+        list(EvaluationReader(config, batch=5, quarantine_path=log))
+    entries = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [(entry["split"], entry["key"], entry["position"]) for entry in entries][1:] == [("val", "s000103", 3)]
+    assert entries[0]["split"] == "train"
+    assert {entry["fingerprint"] for entry in entries} == {stream.state()["fingerprint"]}
+    assert stream.corrupt_count == 1
+    unbending = config.model_copy(update={"corrupt": CorruptConfig(max_samples=0)})
+    with pytest.raises(DataError, match="1 unreadable samples of 10 in split val"):
+        list(EvaluationReader(unbending, batch=5, quarantine_path=log))
 
 
 def test_a_hopeless_data_set_does_not_draw_forever(tmp_path):

@@ -44,12 +44,13 @@ class Evaluator:
         recipe: the resolved recipe, with an ``evaluation`` section.
         world: this rank.
         cache: folder in which trained feature extractors and reference features are kept.
+        quarantine: the log of samples that cannot be read, or None.
 
     Attributes:
         drawing_s: seconds this rank has spent drawing samples, without what was made of them.
     """
 
-    def __init__(self, recipe: Recipe, world: World, cache: Path) -> None:
+    def __init__(self, recipe: Recipe, world: World, cache: Path, quarantine: Path | None = None) -> None:
         assert recipe.evaluation is not None, "a recipe without an evaluation section measures nothing"
         self.config = recipe.evaluation
         self._recipe, self._world = recipe, world
@@ -60,6 +61,7 @@ class Evaluator:
             rank=world.rank,
             world_size=world.size,
             limit=self.config.held_out_samples,
+            quarantine_path=quarantine,
         )
         self._sampler: Sampler | None = None
         if recipe.sampling is not None:
@@ -68,7 +70,7 @@ class Evaluator:
             settings.load()(settings, recipe.objective, resolve_networks(recipe))
             for settings in self.config.held_out_metrics
         ]
-        self._images = ImagesOf(recipe, self._info, world)
+        self._images = ImagesOf(recipe, self._info, world, quarantine)
         self._cache = cache if self.config.cache is None else Path(self.config.cache).expanduser()
         self.drawing_s = 0.0
 
@@ -191,10 +193,11 @@ class Evaluator:
 class ImagesOf:
     """A recipe's images as what samples are compared with: an :class:`~sixfold.evaluation.references.ImageSource`."""
 
-    def __init__(self, recipe: Recipe, info: DataInfo, world: World) -> None:
+    def __init__(self, recipe: Recipe, info: DataInfo, world: World, quarantine: Path | None = None) -> None:
         assert recipe.evaluation is not None
         self._config, self._world, self._info = recipe.evaluation, world, info
         self._own = recipe.data
+        self._quarantine = quarantine
 
     @cached_property
     def _data(self) -> DataConfig:
@@ -223,11 +226,12 @@ class ImagesOf:
             batch=self._config.batch,
             rank=self._world.rank,
             world_size=self._world.size,
+            quarantine_path=self._quarantine,
         )
 
     def whole(self, split: Split) -> LabelledImages:
         """A whole split in memory."""
-        arrays = read_split_arrays(self._data, self._name(split))
+        arrays = read_split_arrays(self._data, self._name(split), quarantine_path=self._quarantine)
         labels = torch.from_numpy(arrays["label"]) if "label" in arrays else None
         return LabelledImages(images=torch.from_numpy(arrays["image"]), labels=labels)
 

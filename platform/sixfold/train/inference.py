@@ -98,7 +98,8 @@ def evaluate_run(run: Path, *, samples: int | None = None, length: float | None 
     if samples is not None:
         evaluation = recipe.evaluation.model_copy(update={"samples": samples})
         recipe = recipe.model_copy(update={"evaluation": evaluation})
-    evaluator = Evaluator(recipe, World(device=trained.device), RunFolder(run).features)
+    folder = RunFolder(run)
+    evaluator = Evaluator(recipe, World(device=trained.device), folder.features, folder.quarantine)
     return Measured(step=trained.candidate.step, estimates=evaluator.measure(trained.objective, trained.networks))
 
 

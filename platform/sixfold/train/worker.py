@@ -214,7 +214,7 @@ class Job:
         )
         if recipe.evaluation is None:
             return [log, checkpoint], checkpoint
-        evaluator = Evaluator(recipe, world, self.folder.features)
+        evaluator = Evaluator(recipe, world, self.folder.features, self.folder.quarantine)
         evaluate = Evaluate(evaluator=evaluator, log=log, folder=self.folder.samples)
         return [evaluate, log, checkpoint], checkpoint
 
