@@ -111,8 +111,9 @@ def trial(run: Path, number: int, chance: random.Random) -> float:
         ranks.ask(chance.randrange(RANKS))  # one rank hears it, all stop
     elif kind == 2:
         wait_for_steps(run, reached + 1)
-        deadline = time.monotonic() + 20
-        while time.monotonic() < deadline and not list((run / "checkpoints").glob("*.tmp-*")):
+        deadline = time.monotonic() + GRACE_S
+        while not list((run / "checkpoints").glob("*.tmp-*")):
+            assert time.monotonic() < deadline, "no checkpoint was seen being written"
             time.sleep(0.0005)
         ranks.ask(0, 1)  # while it is written
     else:

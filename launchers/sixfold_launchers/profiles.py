@@ -14,7 +14,9 @@ from pydantic import Field, field_validator, model_validator
 from sixfold.config.base import Component, Config
 
 VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
-_SECRET_WORDS = re.compile(r"(?i)(token|secret|password|passwd|api_?key|access_?key|credential)")
+SECRET_WORDS = re.compile(r"(?i)(token|secret|password|passwd|api_?key|access_?key|credential)")
+"""What the name of a variable that holds a secret contains."""
+
 _TIME_LIMIT = r"^([0-9]+|([0-9]+-)?[0-9]{1,2}:[0-9]{2}(:[0-9]{2})?)$"
 
 
@@ -58,7 +60,7 @@ class BaseProfile(Component):
     @classmethod
     def _holds_no_secret(cls, environment: dict[str, str]) -> dict[str, str]:
         for name in environment:
-            if _SECRET_WORDS.search(name):
+            if SECRET_WORDS.search(name):
                 raise ValueError(
                     f"environment.{name} looks like a secret, and everyone who may see the job sees it; "
                     f"list the name under secrets: [{name}] and put its value into a file of that name on the nodes"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -27,6 +28,7 @@ from typing import Any
 
 from sixfold.errors import EnvironmentFault, UserError
 from sixfold_launchers.job_book import state_folder
+from sixfold_launchers.profiles import SECRET_WORDS
 from sixfold_launchers.ray_server import RayServer
 
 HOST = "127.0.0.1"  # of the dashboard; nodes have loopback addresses of their own
@@ -36,6 +38,10 @@ MARK = "SIXFOLD_RAY_CLUSTER"
 READY_TIMEOUT_S = 240.0
 _STOP_TIMEOUT_S = 5.0
 _OBJECT_STORE_BYTES = 96 << 20  # Ray Train moves functions and reports through it, training data never
+_OF_THE_MACHINE = re.compile(
+    r"PATH|HOME|USER|LOGNAME|SHELL|LANG|TZ|TMPDIR|LD_LIBRARY_PATH|VIRTUAL_ENV|PYTHON\w+|"
+    r"(LC|XDG|CUDA|NVIDIA|NCCL|GLOO|OMP|MKL|TORCH|DS|RAY|MLFLOW|SIXFOLD)_\w+"
+)
 # A node that refuses five checks in a row is dead; on loopback they can follow each other faster than Ray's default.
 _QUICK_DEATH = {"health_check_period_ms": 1000, "health_check_failure_threshold": 5}
 
@@ -181,7 +187,7 @@ def add_node(cluster: RayCluster) -> RayCluster:
     with _log_of(cluster, node).open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "ray.scripts.scripts", *node_arguments(cluster, node)],
-            env={**os.environ, **cluster.environment(), MARK: cluster.mark, "RAY_USAGE_STATS_ENABLED": "0"},
+            env={**passed_on(os.environ), **cluster.environment(), MARK: cluster.mark, "RAY_USAGE_STATS_ENABLED": "0"},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -190,6 +196,15 @@ def add_node(cluster: RayCluster) -> RayCluster:
     found = _process(process.pid)
     node = replace(node, pid=process.pid, started_s=time.time() if found is None else found.create_time())
     return _record(replace(cluster, nodes=(*cluster.nodes, node), started=cluster.started + 1))
+
+
+def passed_on(environment: Mapping[str, str]) -> dict[str, str]:
+    """What of a shell's environment nodes are started with: every job of the cluster sees it, hence no secrets."""
+    return {
+        name: value
+        for name, value in environment.items()
+        if _OF_THE_MACHINE.fullmatch(name) and not SECRET_WORDS.search(name)
+    }
 
 
 def node_arguments(cluster: RayCluster, node: RayNode) -> list[str]:

@@ -8,6 +8,7 @@ several jobs and users on one node do not meet. No Slurm program is called.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import secrets
 import shutil
@@ -39,12 +40,14 @@ class Place:
     """Where this task stands in the allocation, from Slurm's variables.
 
     Attributes:
+        cluster: its name; another that shares a node may have a job of the same number.
         job: the job's number.
         attempt: how often the job was started before.
         node: number of this node, 0 is the head's.
         nodes: how many there are.
     """
 
+    cluster: str = ""
     job: int
     attempt: int
     node: int
@@ -54,6 +57,7 @@ class Place:
     def read(cls, slurm: Mapping[str, str]) -> Place:
         """Read it in a task of srun."""
         return cls(
+            cluster=slurm.get("SLURM_CLUSTER_NAME", ""),
             job=int(slurm["SLURM_JOB_ID"]),
             attempt=int(slurm.get("SIXFOLD_ATTEMPT", "0")),
             node=int(slurm["SLURM_PROCID"]),
@@ -67,7 +71,8 @@ class Place:
     @property
     def temporary(self) -> Path:
         """Ray's folder on this node; short, since the paths of its sockets may have no more than 107 characters."""
-        return Path(f"/tmp/sfray-{self.job}-{self.attempt}-{self.node}")
+        owner = hashlib.sha256(f"{os.getuid()}@{self.cluster}".encode()).hexdigest()[:8]
+        return Path(f"/tmp/sfray-{owner}-{self.job}-{self.attempt}-{self.node}")
 
 
 @dataclass(frozen=True)
@@ -141,12 +146,33 @@ def main() -> int:
     place = Place.read(os.environ)
     signal.signal(signal.SIGTERM, lambda *_: Requests(run).make("stop"))
     try:
+        make_own_folder(place.temporary)
+    except SixfoldError as error:
+        sys.stderr.write(f"node {place.node}: {error}\n")
+        return error.exit_code
+    try:
         return _keep_head(order, run, place) if place.node == 0 else _keep_worker(order, run, place)
     except SixfoldError as error:
         sys.stderr.write(f"node {place.node}: {error}\n")
         return error.exit_code
     finally:
         shutil.rmtree(place.temporary, ignore_errors=True)
+
+
+def make_own_folder(path: Path) -> None:
+    """Make a new folder that this user alone may enter, in place of what an earlier attempt left there.
+
+    Raises:
+        EnvironmentFault: somebody else made one of that name.
+    """
+    try:
+        if path.exists() and path.lstat().st_uid == os.getuid():
+            shutil.rmtree(path)
+        path.mkdir(mode=0o700)
+    except OSError as error:
+        raise EnvironmentFault.of(
+            f"Ray's folder cannot be made: {error.strerror}", where=str(path), fix="have its owner remove it"
+        ) from error
 
 
 def _keep_head(order: Order, run: Path, place: Place) -> int:

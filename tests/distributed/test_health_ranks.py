@@ -15,7 +15,7 @@ from sixfold.distributed.process_group import join
 from sixfold.errors import EnvironmentFault
 from sixfold.train import preflight as module
 from sixfold.train.assembly import assemble
-from sixfold.train.hooks import slowest
+from sixfold.train.hooks import stragglers
 from sixfold.train.loop import train_step
 from sixfold.train.preflight import preflight
 from sixfold.train.run_folder import RunFolder
@@ -89,7 +89,16 @@ def test_what_differs_on_one_node_stops_all(tmp_path: Path, changes: dict[str, o
 def test_the_rank_that_others_wait_for_is_named(demo_data: Path) -> None:
     seconds = rank_pool(2).run(steps_of_a_slow_rank, str(demo_data))
     assert seconds[0] == seconds[1]
-    found = slowest(seconds[0], steps=1)
+    found = stragglers(seconds[0], steps=1)
+    assert found["perf/step_s/rank_1"] == found["perf/slowest_rank_s"] > found["perf/step_s/rank_0"]
     assert found["perf/slowest_rank"] == 1.0
     assert found["perf/slowest_rank_s"] >= 0.5
     assert found["perf/slowest_rank_s"] > found["perf/median_rank_s"]
+
+
+def test_of_many_ranks_the_slowest_are_shown() -> None:
+    found = stragglers([*range(500)], steps=2)
+    assert sorted(name for name in found if "/rank_" in name) == [
+        f"perf/step_s/rank_{rank}" for rank in range(468, 500)
+    ]
+    assert found["perf/step_s/rank_499"] == found["perf/slowest_rank_s"] == 249.5

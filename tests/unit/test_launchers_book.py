@@ -12,7 +12,7 @@ import pytest
 
 from sixfold.errors import EnvironmentFault, UserError
 from sixfold.tracking.environment import SNAPSHOT_RECORD
-from sixfold_launchers.contract import JobRecord, JobSpec, RunSpec
+from sixfold_launchers.contract import JobRecord, JobSpec, RunSpec, launcher_of
 from sixfold_launchers.job_book import JobBook, reconcile
 from sixfold_launchers.local_jobs import KEEPER
 from sixfold_launchers.profile_files import ProfileError, describe_kind, load_profile
@@ -55,6 +55,18 @@ def test_a_job_comes_back_as_it_was_written(tmp_path):
     assert JobBook(tmp_path).find("7") == again
     assert JobBook(tmp_path).of_run(tmp_path / "run") == [again]
     assert JobBook(tmp_path).of_run(tmp_path / "other") == []
+
+
+@pytest.mark.parametrize("kind", ["local", "ray", "slurm", "slurm-ray"])
+def test_followed_logs_go_on_where_the_last_turn_ended(tmp_path, kind):
+    job = record(tmp_path)
+    job.spec.logs.mkdir(parents=True)
+    log = job.spec.logs / "1.out"
+    launcher = launcher_of(load_profile(kind).profile)
+    log.write_text("first turn\n")
+    assert list(launcher.logs(job, follow=False)) == ["first turn\n"]
+    log.write_text("first turn\nsecond turn\n")
+    assert list(launcher.logs(job, follow=False)) == ["second turn\n"]
 
 
 def test_a_key_stands_for_one_submission(tmp_path):

@@ -19,7 +19,7 @@ from sixfold_launchers.profile_files import load_profile
 from sixfold_launchers.profiles import ElasticRanks, RayProfile
 from sixfold_launchers.ray_cluster import RayCluster, RayNode, node_arguments
 from sixfold_launchers.ray_jobs import room_faults
-from sixfold_launchers.ray_node import Place, head_arguments, worker_arguments
+from sixfold_launchers.ray_node import Place, head_arguments, make_own_folder, worker_arguments
 from sixfold_launchers.ray_order import Order, Requests, choose_ranks, rank_numbers
 from sixfold_launchers.ray_server import RayServer, packed
 
@@ -133,6 +133,33 @@ def test_jobs_and_nodes_of_one_host_share_no_port_and_no_folder():
     again = dataclasses.replace(places[0], attempt=1)
     assert {again.port(offset) for offset in range(16)}.isdisjoint(places[0].port(offset) for offset in range(16))
     assert len(str(places[0].temporary) + "/session_2026-11-22_01-21-09_832038_4194304/sockets/plasma_store") < 107
+
+
+def test_users_and_clusters_on_one_host_share_no_folder(tmp_path, monkeypatch):
+    place = Place(cluster="a", job=17, attempt=0, node=0, nodes=1)
+    mine = place.temporary
+    assert dataclasses.replace(place, cluster="b").temporary != mine
+    monkeypatch.setattr(os, "getuid", lambda: 4321)
+    assert place.temporary != mine
+    monkeypatch.undo()
+
+    folder = tmp_path / "own"
+    make_own_folder(folder)
+    (folder / "left").touch()
+    make_own_folder(folder)
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert list(folder.iterdir()) == []
+    (tmp_path / "theirs").symlink_to(folder)
+    monkeypatch.setattr(os, "getuid", lambda: 4321)
+    for taken in (folder, tmp_path / "theirs"):
+        with pytest.raises(EnvironmentFault, match="cannot be made"):
+            make_own_folder(taken)
+
+
+def test_nodes_get_the_machine_s_variables_and_no_secret():
+    shell = {"PATH": "/bin", "OMP_NUM_THREADS": "1", "MLFLOW_TRACKING_URI": "http://m", "LC_ALL": "C"}
+    hidden = {"AWS_SECRET_ACCESS_KEY": "x", "MLFLOW_TRACKING_PASSWORD": "x", "HF_TOKEN": "x", "MY_NOTES": "x"}
+    assert ray_cluster.passed_on(shell | hidden) == shell
 
 
 def test_nodes_of_a_local_cluster_have_addresses_of_their_own(tmp_path):

@@ -24,6 +24,8 @@ from sixfold.train.display import Display
 from sixfold.train.evaluator import Evaluator
 from sixfold.train.loop import StepRecord, Training
 
+_RANKS_SHOWN = 32
+
 
 def due(step: int, every: int | None, total: int) -> bool:
     """Whether something done every ``every`` steps, and always after the last, is due after ``step``."""
@@ -97,20 +99,25 @@ class Log:
             "data/wait_s": training.stream.wait_s,
             "data/corrupt_samples": float(training.stream.corrupt_count),
         }
-        values |= slowest(self._rank_seconds, self._steps)
+        values |= stragglers(self._rank_seconds, self._steps)
         if self.tokens_per_sample is not None:
             values["perf/tokens_per_s"] = samples_per_s * self.tokens_per_sample
         return values
 
 
-def slowest(rank_seconds: Sequence[float], steps: int) -> dict[str, float]:
-    """Which rank the others wait for: seconds a step before its first loss, and those of the median rank."""
+def stragglers(rank_seconds: Sequence[float], steps: int) -> dict[str, float]:
+    """Whom the others wait for: seconds a step that each rank itself takes, the slowest rank and the median one.
+
+    A rank's own seconds end at its first loss; from then on ranks wait for one another, and all take as long as the
+    slowest. Of many ranks the slowest are shown.
+    """
     if len(rank_seconds) < 2:
         return {}
-    rank = max(range(len(rank_seconds)), key=rank_seconds.__getitem__)
+    ranks = sorted(range(len(rank_seconds)), key=rank_seconds.__getitem__, reverse=True)
     return {
-        "perf/slowest_rank": float(rank),
-        "perf/slowest_rank_s": rank_seconds[rank] / steps,
+        **{f"perf/step_s/rank_{rank}": rank_seconds[rank] / steps for rank in sorted(ranks[:_RANKS_SHOWN])},
+        "perf/slowest_rank": float(ranks[0]),
+        "perf/slowest_rank_s": rank_seconds[ranks[0]] / steps,
         "perf/median_rank_s": median(rank_seconds) / steps,
     }
 
