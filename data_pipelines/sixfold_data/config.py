@@ -7,7 +7,7 @@ import math
 from fractions import Fraction
 from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from sixfold.config.base import Config
 from sixfold.errors import RecipeError
@@ -48,11 +48,88 @@ class MixtureSource(Config):
     weight: float = Field(gt=0.0, description="Its share of all samples, relative to the other weights.")
 
 
+class FilterConfig(Config):
+    """Which samples are used, by what the index knows of them; bounds that are null hold for all.
+
+    Widths and heights are pixels of images as they are stored, or cells of latents.
+    """
+
+    min_width: int | None = Field(default=None, ge=1, description="Least width.")
+    min_height: int | None = Field(default=None, ge=1, description="Least height.")
+    max_aspect_ratio: float | None = Field(
+        default=None, ge=1.0, description="Most of the longer side over the shorter."
+    )
+    min_caption_bytes: int | None = Field(default=None, ge=0, description="Fewest bytes of a caption.")
+    max_caption_bytes: int | None = Field(default=None, ge=0, description="Most bytes of a caption.")
+
+    @property
+    def by_size(self) -> bool:
+        """Whether widths and heights matter."""
+        return (self.min_width, self.min_height, self.max_aspect_ratio) != (None, None, None)
+
+    @property
+    def by_caption(self) -> bool:
+        """Whether lengths of captions matter."""
+        return (self.min_caption_bytes, self.max_caption_bytes) != (None, None)
+
+    @property
+    def text(self) -> str:
+        """The bounds that are set, in one line; empty where none is."""
+        return ", ".join(f"{name}={value}" for name, value in self.model_dump(exclude_none=True).items())
+
+
+class BucketsConfig(Config):
+    """Sizes that pictures are brought to, each to the one of nearest aspect ratio; a batch is of one size.
+
+    Images are resized to cover the size and cropped at the centre. Latents must have one of the sizes already; they are
+    encoded so, and their sizes are counted in cells.
+    """
+
+    sizes: Annotated[
+        tuple[Annotated[tuple[PositiveInt, PositiveInt], Field(strict=False)], ...], Field(strict=False)
+    ] = Field(default=(), description="The sizes as [width, height] each (exclusive with area).")
+    area: int | None = Field(default=None, ge=1, description="Most pixels (cells) of a size; the sizes follow from it.")
+    step: int | None = Field(default=None, ge=1, description="With area: what all sides are multiples of.")
+    max_aspect_ratio: float = Field(
+        default=2.0, ge=1.0, description="With area: most of a size's longer side over its shorter."
+    )
+
+    @model_validator(mode="after")
+    def _one_way_to_name_the_sizes(self) -> BucketsConfig:
+        if bool(self.sizes) == (self.area is not None) or (self.area is None) != (self.step is None):
+            raise ValueError("expected either sizes, or area and step; name the sizes by exactly one of them")
+        if self.area is not None and self.step is not None and self.step**2 > self.area:
+            raise ValueError(f"expected an area that holds a square of one step, got {self.area} and {self.step}")
+        ratios = [Fraction(width, height) for width, height in self.sizes]
+        if len(set(ratios)) < len(ratios):
+            raise ValueError("expected sizes of different aspect ratios, for which of two equal ones is a picture's?")
+        return self
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        """Height and width of each bucket: the given ones, or, from the tallest to the widest, what ``area`` holds.
+
+        To each length of the longer side belongs the longest shorter side.
+        """
+        if self.area is None or self.step is None:
+            return tuple((height, width) for width, height in self.sizes)
+        longest, square = math.isqrt(int(self.area * self.max_aspect_ratio)), math.isqrt(self.area)
+        lengths = range(square // self.step * self.step, longest + 1, self.step)
+        wide = [(min(length, self.area // length // self.step * self.step), length) for length in lengths]
+        wide = [(height, width) for height, width in wide if width <= self.max_aspect_ratio * height]
+        return (*((width, height) for height, width in reversed(wide) if height < width), *wide)
+
+    @property
+    def text(self) -> str:
+        """The sizes in one line."""
+        return ", ".join(f"{width}x{height}" for height, width in self.shapes)
+
+
 class DataConfig(Config):
     """What is trained on, and in which order.
 
-    The order of samples follows from the seed, the data, ``global_batch``, ``lanes``, ``mixture`` and the ``shuffle_*``
-    fields; it never follows from the number of ranks or workers.
+    The order of samples follows from the seed, the data, ``global_batch``, ``lanes``, ``mixture``, ``filter``,
+    ``buckets`` and the ``shuffle_*`` fields; it never follows from the number of ranks or workers.
     """
 
     path: str | None = Field(
@@ -85,6 +162,12 @@ class DataConfig(Config):
     caption_length: int = Field(default=64, ge=1, description="Tokens a caption is cut or padded to (image-text only).")
     image_size: int | None = Field(
         default=None, ge=1, description="Resize the shorter side to this many pixels and crop the centre square."
+    )
+    filter: FilterConfig | None = Field(
+        default=None, description="Which samples of images and latents are used, of all splits; null: all."
+    )
+    buckets: BucketsConfig | None = Field(
+        default=None, description="Several sizes of pictures, for their aspect ratios; each batch is of one."
     )
     horizontal_flip: bool = Field(default=False, description="Mirror each training image with probability one half.")
     workers: int | None = Field(
@@ -125,6 +208,17 @@ class DataConfig(Config):
                 f"expected weights whose exact proportions need at most {MAX_MIXTURE_PARTS} parts, got "
                 f"{sum(self.mixture_parts)}; round the weights to fewer digits"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _pictures_are_chosen_and_sized_once(self) -> DataConfig:
+        for name in ("filter", "buckets"):
+            if getattr(self, name) is not None and self.sequence_length is not None:
+                raise ValueError(f"expected no {name} with sequence_length: text has none; remove data.{name}")
+        if self.buckets is not None and self.image_size is not None:
+            raise ValueError("expected either image_size or buckets, got both; remove data.image_size")
+        if self.buckets is not None and self.mixture:
+            raise ValueError("expected one data set with buckets, got a mixture; join them in one, and name its path")
         return self
 
     @property

@@ -51,13 +51,15 @@ _DECODERS: dict[str, Callable[[bytes], object]] = {
 }
 
 
-def decode_image(content: bytes, *, channels: int | None = None, size: int | None = None) -> UInt8[np.ndarray, "h w c"]:
+def decode_image(
+    content: bytes, *, channels: int | None = None, size: tuple[int, int] | None = None
+) -> UInt8[np.ndarray, "h w c"]:
     """Decode an image file.
 
     Args:
         content: PNG, JPEG or WebP.
         channels: 1 (grey) or 3 (RGB); None keeps grey images grey and makes all others RGB.
-        size: resize the shorter side to this many pixels and crop the centre square.
+        size: height and width; resize to cover them and crop the centre.
 
     Raises:
         UndecodableError: the bytes are not an image.
@@ -69,32 +71,30 @@ def decode_image(content: bytes, *, channels: int | None = None, size: int | Non
 
 
 def decode_images(
-    contents: Sequence[bytes], *, channels: int | None = None, size: int | None = None
+    contents: Sequence[bytes], *, channels: int | None = None, size: tuple[int, int] | None = None
 ) -> list[UInt8[np.ndarray, "h w c"] | UndecodableError]:
     """Decode like :func:`decode_image`, small PNGs together, with an error in the place of each damaged file."""
     decoded: list[np.ndarray | UndecodableError] = []
     for content, plain in zip(contents, decode_plain_pngs(contents), strict=True):
         if isinstance(plain, DamagedPng):
             decoded.append(UndecodableError(f"cannot decode the image: {plain}"))
-        elif (
-            plain is not None
-            and channels in (None, plain.shape[2])
-            and (size is None or plain.shape[:2] == (size, size))
-        ):
+        elif plain is not None and channels in (None, plain.shape[2]) and size in (None, plain.shape[:2]):
             decoded.append(plain)
         else:
             decoded.append(_decode_by_pillow(content, channels, size))
     return decoded
 
 
-def _decode_by_pillow(content: bytes, channels: int | None, size: int | None) -> np.ndarray | UndecodableError:
+def _decode_by_pillow(
+    content: bytes, channels: int | None, size: tuple[int, int] | None
+) -> np.ndarray | UndecodableError:
     try:
         image: Image.Image = Image.open(io.BytesIO(content))
         mode = _MODES[channels] if channels else ("L" if image.mode in ("1", "L", "LA") else "RGB")
         if image.mode != mode:
             image = image.convert(mode)
-        if size is not None and image.size != (size, size):
-            image = _centre_square(image, size)
+        if size is not None and (image.height, image.width) != size:
+            image = _covering(image, *size)
         pixels = np.frombuffer(image.tobytes(), dtype=np.uint8)
     # Pillow reports damage by one of these, according to the format and the place of the damage.
     except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
@@ -102,12 +102,13 @@ def _decode_by_pillow(content: bytes, channels: int | None, size: int | None) ->
     return pixels.reshape(image.height, image.width, len(mode) if mode == "RGB" else 1)
 
 
-def _centre_square(image: Image.Image, size: int) -> Image.Image:
-    scale = size / min(image.size)
-    width, height = (max(size, round(side * scale)) for side in image.size)
-    resized = image.resize((width, height), Image.Resampling.LANCZOS)
-    left, top = (width - size) // 2, (height - size) // 2
-    return resized.crop((left, top, left + size, top + size))
+def _covering(image: Image.Image, height: int, width: int) -> Image.Image:
+    """Resize an image to cover a size, and crop the centre."""
+    scale = max(height / image.height, width / image.width)
+    covered = max(width, round(image.width * scale)), max(height, round(image.height * scale))
+    resized = image.resize(covered, Image.Resampling.LANCZOS)
+    left, top = (covered[0] - width) // 2, (covered[1] - height) // 2
+    return resized.crop((left, top, left + width, top + height))
 
 
 def to_unit_range(images: Sequence[np.ndarray] | np.ndarray) -> Float[Tensor, "n c h w"]:

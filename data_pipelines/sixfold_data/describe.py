@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from sixfold.errors import DataError
+from sixfold_data.choice import Choice
 from sixfold_data.config import DataConfig
-from sixfold_data.index import Kind, LatentsEntry, Manifest, read_manifest
-from sixfold_data.store import open_store
+from sixfold_data.index import Kind, LatentsEntry, Manifest, open_split, read_manifest
+from sixfold_data.store import Store, open_store
 from sixfold_data.tokenizers import Tokenizer, make_tokenizer
 
 
@@ -19,16 +20,17 @@ class DataInfo:
 
     Attributes:
         kind: what a sample is.
-        samples: samples (documents for text) by split.
+        samples: samples (documents for text) by split, without those that the settings' filter leaves out.
         tokens: tokens by split; empty unless text.
         sequences: packed training sequences by split; empty unless text.
         classes: class names by label number; empty when unlabelled.
-        image_size: height and width in pixels of decoded images, None for text.
+        image_size: height and width in pixels of decoded images, None for text and where they have several.
         channels: of decoded images, None for text.
         vocabulary_size: tokens of the tokenizer, None without one.
         tokenizer: of text or captions, None without.
         fingerprint: SHA-256 of the content.
         latents: what latents are and which codec decodes them; ``image_size`` and ``channels`` are then the latents'.
+        buckets: heights and widths of the settings' buckets; empty without, and ``image_size`` is None with them.
     """
 
     kind: Kind
@@ -42,6 +44,7 @@ class DataInfo:
     tokenizer: Tokenizer | None
     fingerprint: str
     latents: LatentsEntry | None = None
+    buckets: tuple[tuple[int, int], ...] = ()
 
     @property
     def captioned(self) -> bool:
@@ -80,11 +83,15 @@ def describe(config: DataConfig) -> DataInfo:
     Raises:
         DataError: a data set is missing or malformed, or those of a mixture do not fit together.
     """
-    manifests = [read_manifest(open_store(path, config.cache)) for path in config.paths]
+    stores = [open_store(path, config.cache) for path in config.paths]
+    manifests = [read_manifest(store) for store in stores]
     check_alike(manifests, config.paths)
     first = manifests[0]
     splits = set.intersection(*(set(manifest.splits) for manifest in manifests))
-    samples = {name: sum(manifest.splits[name].samples for manifest in manifests) for name in sorted(splits)}
+    samples = {
+        name: sum(_count(config, store, manifest, name) for store, manifest in zip(stores, manifests, strict=True))
+        for name in sorted(splits)
+    }
     tokens, sequences = {}, {}
     if first.kind == "text":
         tokens = {name: sum(manifest.splits[name].tokens or 0 for manifest in manifests) for name in samples}
@@ -99,6 +106,8 @@ def describe(config: DataConfig) -> DataInfo:
     channels: int | None = first.channels
     if first.latents is not None:
         size, channels = first.latents.size, first.latents.channels
+    if config.buckets is not None:
+        size = None
     return DataInfo(
         kind=first.kind,
         samples=samples,
@@ -111,4 +120,13 @@ def describe(config: DataConfig) -> DataInfo:
         tokenizer=tokenizer,
         fingerprint=combined_fingerprint(manifests),
         latents=first.latents,
+        buckets=() if config.buckets is None else config.buckets.shapes,
     )
+
+
+def _count(config: DataConfig, store: Store, manifest: Manifest, split: str) -> int:
+    """How many samples of a split the settings choose."""
+    if config.filter is None:
+        return manifest.splits[split].samples
+    latents = manifest.kind == "latents"
+    return int(Choice(config, open_split(store, manifest, split), latents=latents, where=store.url).counts().sum())

@@ -21,10 +21,12 @@ from pydantic import Field
 
 from sixfold.config.base import Config
 from sixfold.errors import DataError
+from sixfold_data.buckets import Shape, nearest_buckets
 from sixfold_data.build import TRAIN, BuildReport, Rejects, check_output
 from sixfold_data.config import CacheConfig
 from sixfold_data.decode import IMAGE_EXTENSIONS, UndecodableError, decode_image
 from sixfold_data.index import (
+    FORMAT,
     MANIFEST_NAME,
     LatentsEntry,
     MemberPlace,
@@ -35,7 +37,7 @@ from sixfold_data.index import (
     open_split,
     read_manifest,
 )
-from sixfold_data.latents import MEMBER, npy_header, stored_form
+from sixfold_data.latents import MEMBER, npy_header, stored_dtype
 from sixfold_data.members import MemberReader, Unreadable
 from sixfold_data.shards import SplitWriter
 from sixfold_data.store import open_store, write_atomically
@@ -57,7 +59,10 @@ class EncodeJob(Config):
     run: str = Field(description="Folder of the codec's run.")
     step: int = Field(description="Step of the codec's checkpoint.")
     latents: LatentsEntry = Field(description="What is written.")
-    image_size: tuple[int, int] = Field(description="Height and width of the images as the codec reads them.")
+    sizes: tuple[tuple[int, int], ...] = Field(
+        min_length=1, description="Heights and widths that images are brought to, each to the nearest aspect ratio."
+    )
+    factor: int = Field(ge=1, description="Pixels a side of an image in one cell of its latent.")
     channels: int = Field(description="Channels of the images.")
     batch: int = Field(ge=1, description="Images encoded at once.")
     piece_samples: int = Field(ge=1, description="Samples in a piece.")
@@ -170,7 +175,7 @@ def _encode_piece(
 ) -> None:
     folder = staging / piece.name
     shutil.rmtree(folder, ignore_errors=True)
-    header, count = npy_header(job.latents), 0
+    count = 0
     total, squares = (np.zeros(job.latents.channels) for _ in range(2))
     rejects = Rejects(job.corrupt_budget)
     with SplitWriter(folder, piece.split, shard_bytes=_WHOLE) as writer:
@@ -180,11 +185,13 @@ def _encode_piece(
             if batch.samples:
                 encoded = encode(batch.pixels)
                 total, squares = total + encoded.total, squares + encoded.squares
-                count += encoded.stored.shape[0] * int(np.prod(job.latents.size))
+                cells = batch.size[0] // job.factor, batch.size[1] // job.factor
+                count += len(encoded.stored) * cells[0] * cells[1]
+                header = npy_header(job.latents, cells)
                 for sample, members, values in zip(batch.samples, batch.members, encoded.stored, strict=True):
                     label = None if reader.index.label is None else int(reader.index.label[sample])
                     stored = {MEMBER: header + np.ascontiguousarray(values).tobytes(), **members}
-                    writer.add(reader.index.key(sample), stored, label=None if label == -1 else label)
+                    writer.add(reader.index.key(sample), stored, label=None if label == -1 else label, size=cells)
             progress(len(batch.samples) + len(batch.unreadable))
         record = PieceRecord(
             entry=writer.finish(),
@@ -197,6 +204,7 @@ def _encode_piece(
 
 
 class _Batch(NamedTuple):
+    size: Shape
     samples: list[int]
     pixels: UInt8[np.ndarray, "n h w c"]
     members: list[dict[str, bytes]]
@@ -204,26 +212,52 @@ class _Batch(NamedTuple):
 
 
 def _read_ahead(job: EncodeJob, piece: Piece, reader: MemberReader) -> Iterator[_Batch]:
-    """Yield batches, each read while the one before it is encoded."""
-    starts = range(piece.samples.start, piece.samples.stop, job.batch)
-    runs = [np.arange(start, min(start + job.batch, piece.samples.stop)) for start in starts]
+    """Yield batches of one size each, each read while the one before it is encoded."""
+    runs = [*_runs(job, piece, reader)]
     with ThreadPoolExecutor(1) as pool:
-        ahead = [pool.submit(_read, job, reader, run) for run in runs[:1]]
+        ahead = [pool.submit(_read, job, reader, *run) for run in runs[:1]]
         for following in (*runs[1:], None):
             batch = ahead.pop().result()
             if following is not None:
-                ahead.append(pool.submit(_read, job, reader, following))
+                ahead.append(pool.submit(_read, job, reader, *following))
             yield batch
 
 
-def _read(job: EncodeJob, reader: MemberReader, samples: np.ndarray) -> _Batch:
+def _runs(job: EncodeJob, piece: Piece, reader: MemberReader) -> Iterator[tuple[Shape, np.ndarray]]:
+    """Yield each batch's size and samples: size by size, samples in stored order."""
+    samples, nearest = np.arange(piece.samples.start, piece.samples.stop), np.zeros(len(piece.samples), dtype=np.int64)
+    if len(job.sizes) > 1:
+        nearest = nearest_buckets(*sizes_of(reader, samples), job.sizes)
+    for number, size in enumerate(job.sizes):
+        mine = samples[nearest == number]
+        for start in range(0, len(mine), job.batch):
+            yield size, mine[start : start + job.batch]
+
+
+def sizes_of(reader: MemberReader, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the heights and widths of images.
+
+    Raises:
+        DataError: the index does not know them.
+    """
+    height, width = reader.index.height, reader.index.width
+    if height is None or width is None:
+        raise DataError.of(
+            "the index has no heights and widths, which buckets go by",
+            where=reader.store.url,
+            fix="index the shards again with `sixfold data index`",
+        )
+    return height[samples].clip(1), width[samples].clip(1)
+
+
+def _read(job: EncodeJob, reader: MemberReader, size: Shape, samples: np.ndarray) -> _Batch:
     """Read and decode some samples, with the members that go with them unchanged."""
     columns = [reader.read(IMAGE_EXTENSIONS, samples)]
     carried = [extension for extension in _CARRIED if extension in reader.index.members]
     columns += [reader.read((extension,), samples) for extension in carried]
-    batch = _Batch([], np.empty((len(samples), *job.image_size, job.channels), dtype=np.uint8), [], [])
+    batch = _Batch(size, [], np.empty((len(samples), *size, job.channels), dtype=np.uint8), [], [])
     for sample, *contents in zip(samples.tolist(), *columns, strict=True):
-        decoded = _decoded(job, contents)
+        decoded = _decoded(job, size, contents)
         if isinstance(decoded, str):
             batch.unreadable.append((reader.index.key(sample), decoded))
             continue
@@ -233,21 +267,17 @@ def _read(job: EncodeJob, reader: MemberReader, samples: np.ndarray) -> _Batch:
     return batch._replace(pixels=batch.pixels[: len(batch.samples)])
 
 
-def _decoded(job: EncodeJob, contents: list[bytes | Unreadable]) -> UInt8[np.ndarray, "h w c"] | str:
+def _decoded(job: EncodeJob, size: Shape, contents: list[bytes | Unreadable]) -> UInt8[np.ndarray, "h w c"] | str:
     """Return a sample's image, or why it cannot be used."""
     for content in contents:
         if isinstance(content, Unreadable):
             return content.reason
     image = contents[0]
     assert isinstance(image, bytes)
-    size = job.image_size[0] if job.image_size[0] == job.image_size[1] else None
     try:
-        pixels = decode_image(image, channels=job.channels, size=size)
+        return decode_image(image, channels=job.channels, size=size)
     except UndecodableError as error:
         return str(error)
-    if pixels.shape[:2] != job.image_size:
-        return f"the image is {'x'.join(map(str, pixels.shape[:2]))}, not {'x'.join(map(str, job.image_size))}"
-    return pixels
 
 
 def finish_job(job: EncodeJob, staging: Path, out: Path) -> BuildReport:
@@ -263,7 +293,8 @@ def finish_job(job: EncodeJob, staging: Path, out: Path) -> BuildReport:
         splits[split] = _merge(staging, whole, split, mine)
     statistics_from = [record for piece, record in records.items() if piece.split in (TRAIN, *list(splits)[:1])]
     made = {"kind": "latents", "latents": _with_statistics(job.latents, statistics_from), "splits": splits}
-    manifest = source.model_copy(update={**made, "image_size": job.image_size}).sealed()
+    size = job.sizes[0] if len(job.sizes) == 1 else None
+    manifest = source.model_copy(update={**made, "format": FORMAT, "image_size": size}).sealed()
     write_atomically(whole / MANIFEST_NAME, manifest.to_bytes())
     if out.exists():  # empty, as open_job saw to
         out.rmdir()
@@ -297,7 +328,10 @@ def _merge(staging: Path, whole: Path, split: str, records: dict[Piece, PieceRec
                 for extension, at in index.members.items()
             }
             label = None if index.label is None else int(index.label[sample])
-            writer.add_sample(index.key(sample), places, label=None if label == -1 else label)
+            assert index.height is not None, "pieces have sizes"
+            assert index.width is not None, "pieces have sizes"
+            size = int(index.height[sample]), int(index.width[sample])
+            writer.add_sample(index.key(sample), places, label=None if label == -1 else label, size=size)
         for shard in entry.shards:
             path = f"{split}/shard-{number:06d}.tar"
             os.link(folder / shard.path, whole / path)
@@ -321,5 +355,4 @@ def _with_statistics(entry: LatentsEntry, records: list[PieceRecord]) -> Latents
 
 def stored_batch(values: np.ndarray, entry: LatentsEntry) -> np.ndarray:
     """Return a batch in the stored type."""
-    _, dtype = stored_form(entry)
-    return values.astype(dtype)
+    return values.astype(stored_dtype(entry))

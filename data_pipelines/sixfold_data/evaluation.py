@@ -1,9 +1,10 @@
-"""Reading a held-out split in stored order, shared evenly among ranks."""
+"""Reading a held-out split in stored order, bucket by bucket, shared evenly among ranks."""
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,21 +17,22 @@ from sixfold_data.describe import check_alike, combined_fingerprint
 from sixfold_data.order import Places
 from sixfold_data.quarantine import Quarantine
 from sixfold_data.reading import read_fields, scatter
-from sixfold_data.sources import open_source
+from sixfold_data.sources import Source, open_sources
 
 
 class EvaluationReader:
     """Batches of a split in stored order, the sources of a mixture one after the other; iterate as often as needed.
 
-    Global batch b starts at position ``b * batch * world_size``; a rank takes ``batch`` samples of it in a row. Every
-    rank yields the same number of batches; the last may be short or empty.
+    A global batch is the next ``batch * world_size`` positions; a rank takes ``batch`` samples of it in a row. Every
+    rank yields the same number of batches; the last may be short or empty. Buckets are read one after the other, and
+    the last batch of each may be so.
 
     Args:
         config: the ``data`` section.
         split: name of the split; None reads ``splits.evaluation``.
         batch: samples of one rank's batch.
         rank, world_size: this rank's share.
-        limit: read only the first so many samples, over all ranks.
+        limit: read only the first so many samples, over all ranks; of each bucket, in proportion.
         quarantine_path: file that lists unreadable samples, shared with the training stream; or None.
 
     Raises:
@@ -49,11 +51,13 @@ class EvaluationReader:
         quarantine_path: Path | None = None,
     ) -> None:
         name = config.splits.evaluation if split is None else split
-        self._sources = [open_source(config, path, name, seed=None) for path in config.paths]
-        manifests = [source.manifest for source in self._sources]
+        opened = [open_sources(config, path, name, seed=None) for path in config.paths]
+        manifests = [sources[0].manifest for sources in opened]
         check_alike(manifests, config.paths)
-        self._start = np.cumsum([0, *(len(source.order) for source in self._sources)])
-        available = int(self._start[-1])
+        # Sources in one group may share a batch: those of a mixture, but not buckets.
+        self._groups = [[sources[0] for sources in opened]] if config.buckets is None else [[s] for s in opened[0]]
+        sizes = [sum(len(source.order) for source in group) for group in self._groups]
+        available = sum(sizes)
         if not available:
             raise DataError.of(
                 f"split {name!r} is empty, or shorter than one sequence",
@@ -61,6 +65,7 @@ class EvaluationReader:
                 fix="build the data set with a larger share of that split, or shorten data.sequence_length",
             )
         self.samples = available if limit is None else min(limit, available)
+        self._group_start = [end * self.samples // available for end in itertools.accumulate([0, *sizes])]
         self._quarantine = Quarantine(
             config.corrupt,
             fingerprint=combined_fingerprint(manifests),
@@ -72,20 +77,28 @@ class EvaluationReader:
 
     def __len__(self) -> int:
         """Return the number of batches of every rank."""
-        return math.ceil(self.samples / (self._batch * self._world_size))
+        together = self._batch * self._world_size
+        return sum(math.ceil((end - start) / together) for _, start, end in self._runs())
 
     def __iter__(self) -> Iterator[Batch]:
-        for number in range(len(self)):
-            first = (number * self._world_size + self._rank) * self._batch
-            yield self._read(np.arange(min(first, self.samples), min(first + self._batch, self.samples)))
+        for group, start, end in self._runs():
+            for together in range(start, end, self._batch * self._world_size):
+                first = together + self._rank * self._batch
+                yield self._read(group, start, np.arange(min(first, end), min(first + self._batch, end)))
 
     def first(self) -> Batch:
         """Return the split's first sample, as a batch."""
-        return self._read(np.arange(1))
+        group, start, _ = next(run for run in self._runs() if run[1] < run[2])
+        return self._read(group, start, np.arange(1))
 
-    def _read(self, positions: np.ndarray) -> Batch:
+    def _runs(self) -> Iterator[tuple[Sequence[Source], int, int]]:
+        """Yield each group of sources with its first position and its end."""
+        yield from zip(self._groups, self._group_start[:-1], self._group_start[1:], strict=True)
+
+    def _read(self, group: Sequence[Source], group_start: int, positions: np.ndarray) -> Batch:
         parts: list[tuple[np.ndarray, dict[str, torch.Tensor]]] = []
-        for source, start, end in zip(self._sources, self._start[:-1], self._start[1:], strict=True):
+        starts = np.cumsum([group_start, *(len(source.order) for source in group)])
+        for source, start, end in zip(group, starts[:-1], starts[1:], strict=True):
             slots = np.flatnonzero((positions >= start) & (positions < end))
             if len(slots) or (not parts and not len(positions)):
                 sample = positions[slots] - start

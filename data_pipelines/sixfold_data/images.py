@@ -13,8 +13,9 @@ from sixfold.errors import DataError
 from sixfold_data.config import DataConfig
 from sixfold_data.decode import IMAGE_EXTENSIONS, UndecodableError, decode_images, to_unit_range
 from sixfold_data.index import Manifest
-from sixfold_data.members import MemberReader, Row, Unreadable, epoch_order
+from sixfold_data.members import Row, Unreadable
 from sixfold_data.order import EpochOrder, Places
+from sixfold_data.selection import Chosen
 from sixfold_data.tokenizers import Tokenizer, make_tokenizer
 
 
@@ -22,18 +23,26 @@ class ImageSource:
     """Images: fields ``image`` in [-1, 1], ``label`` where the data set has classes, ``caption`` where it has texts."""
 
     def __init__(
-        self, config: DataConfig, manifest: Manifest, members: MemberReader, *, seed: int | None, lanes: int
+        self,
+        config: DataConfig,
+        manifest: Manifest,
+        members: Chosen,
+        *,
+        bucket: tuple[int, int] | None,
+        seed: int | None,
+        lanes: int,
     ) -> None:
         self.manifest = manifest
         self.remote = members.remote
-        self.order: EpochOrder = epoch_order(config, members.index, seed=seed, lanes=lanes)
+        self.order: EpochOrder = members.order(config, seed=seed, lanes=lanes)
         self._members = members
-        self._resize = config.image_size
-        height, width, channels = self._shape = stored_image_shape(config, manifest, members.store.url)
+        self._resize = (config.image_size, config.image_size) if config.image_size is not None else bucket
+        size = self._resize or stored_image_size(manifest, members.store.url)
+        height, width, channels = self._shape = (*size, manifest.channels or 3)
         self._caption_length = config.caption_length
         self._tokenizer = None if manifest.tokenizer is None else make_tokenizer(manifest.tokenizer)
-        samples = len(members.index)
-        fits = self._tokenizer is None and samples * height * width * channels <= config.keep_decoded_bytes
+        decoded_bytes = members.split_samples * height * width * channels
+        fits = self._tokenizer is None and decoded_bytes <= config.keep_decoded_bytes
         self._kept: dict[int, Row] | None = {} if fits else None
 
     def rows(self, places: Places) -> list[Row | Unreadable]:
@@ -55,8 +64,9 @@ class ImageSource:
         for slot, row in enumerate(rows):
             pixels[slot] = row[0]
         fields = {"image": to_unit_range(pixels)}
-        if self.manifest.classes and self._members.index.label is not None:
-            fields["label"] = torch.from_numpy(self._members.index.label[places.sample].astype(np.int64))
+        labels = self._members.labels(places.sample)
+        if self.manifest.classes and labels is not None:
+            fields["label"] = torch.from_numpy(labels)
         if self._tokenizer is not None:
             captions = [row[1] for row in rows] or [np.empty((0, self._caption_length), dtype=np.int64)]
             fields["caption"] = torch.from_numpy(np.concatenate([np.atleast_2d(caption) for caption in captions]))
@@ -109,17 +119,16 @@ def encode_caption(tokenizer: Tokenizer, text: bytes, length: int) -> Int64[np.n
     return tokens
 
 
-def stored_image_shape(config: DataConfig, manifest: Manifest, where: str) -> tuple[int, int, int]:
-    """Return height, width and channels of every decoded image.
+def stored_image_size(manifest: Manifest, where: str) -> tuple[int, int]:
+    """Return height and width of every stored image.
 
     Raises:
-        DataError: images differ in size or channels and the settings do not make them equal.
+        DataError: images differ in size.
     """
-    size = (config.image_size, config.image_size) if config.image_size is not None else manifest.image_size
-    if size is None:
+    if manifest.image_size is None:
         raise DataError.of(
             "the images differ in size and cannot be stacked into batches",
             where=where,
-            fix="set data.image_size, to resize and crop them when they are read",
+            fix="set data.image_size, to resize and crop them when they are read, or data.buckets for several sizes",
         )
-    return (*size, manifest.channels or 3)
+    return manifest.image_size

@@ -88,7 +88,7 @@ class LatentsEntry(Config):
         description="Each posterior's mean and log-variance, stacked along channels in fp16; or integer codes."
     )
     channels: int = Field(ge=1, description="Channels of a latent (1 for codes).")
-    size: tuple[int, int] = Field(description="Height and width of a latent.")
+    size: tuple[int, int] | None = Field(description="Height and width of a latent, when all share them.")
     codebook_size: int | None = Field(default=None, description="How many different codes there are.")
     mean: tuple[float, ...] = Field(default=(), description="Mean of each channel over the training split (moments).")
     std: tuple[float, ...] = Field(

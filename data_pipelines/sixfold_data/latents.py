@@ -15,11 +15,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sixfold.errors import DataError
 from sixfold_data.config import DataConfig
 from sixfold_data.images import encode_caption
 from sixfold_data.index import LatentsEntry, Manifest
-from sixfold_data.members import MemberReader, Row, Unreadable, epoch_order
+from sixfold_data.members import Row, Unreadable
 from sixfold_data.order import EpochOrder, Places
+from sixfold_data.selection import Chosen
 from sixfold_data.tokenizers import make_tokenizer
 
 MEMBER = "npy"
@@ -29,15 +31,30 @@ class LatentSource:
     """Latents: fields ``latent`` or ``codes``, ``label`` where there are classes, ``caption`` where there are texts."""
 
     def __init__(
-        self, config: DataConfig, manifest: Manifest, members: MemberReader, *, seed: int | None, lanes: int
+        self,
+        config: DataConfig,
+        manifest: Manifest,
+        members: Chosen,
+        *,
+        bucket: tuple[int, int] | None,
+        seed: int | None,
+        lanes: int,
     ) -> None:
         assert manifest.latents is not None, "the manifest of kind latents describes them"
         self.manifest = manifest
         self.remote = members.remote
-        self.order: EpochOrder = epoch_order(config, members.index, seed=seed, lanes=lanes)
+        self.order: EpochOrder = members.order(config, seed=seed, lanes=lanes)
         self._members = members
         self._entry = manifest.latents
-        self._header = npy_header(self._entry)
+        size = bucket or self._entry.size
+        if size is None:
+            raise DataError.of(
+                "the latents differ in size and cannot be stacked into batches",
+                where=members.store.url,
+                fix="set data.buckets to the sizes they were encoded in",
+            )
+        self._shape, self._dtype = stored_shape(self._entry, size), stored_dtype(self._entry)
+        self._header = npy_header(self._entry, size)
         self._caption_length = config.caption_length
         self._tokenizer = None if manifest.tokenizer is None else make_tokenizer(manifest.tokenizer)
 
@@ -53,8 +70,7 @@ class LatentSource:
 
     def fields(self, rows: Sequence[Row], places: Places) -> dict[str, Tensor]:
         """Return decoded samples as the fields of a batch."""
-        shape, dtype = stored_form(self._entry)
-        arrays = np.empty((len(rows), *shape), dtype=dtype)
+        arrays = np.empty((len(rows), *self._shape), dtype=self._dtype)
         for slot, row in enumerate(rows):
             arrays[slot] = row[0]
         fields: dict[str, Tensor] = {}
@@ -62,8 +78,9 @@ class LatentSource:
             fields["codes"] = torch.from_numpy(arrays.astype(np.int64))
         else:
             fields["latent"] = normalized_moments(torch.from_numpy(arrays.astype(np.float32)), self._entry)
-        if self.manifest.classes and self._members.index.label is not None:
-            fields["label"] = torch.from_numpy(self._members.index.label[places.sample].astype(np.int64))
+        labels = self._members.labels(places.sample)
+        if self.manifest.classes and labels is not None:
+            fields["label"] = torch.from_numpy(labels)
         if self._tokenizer is not None:
             captions = [row[1] for row in rows] or [np.empty((0, self._caption_length), dtype=np.int64)]
             fields["caption"] = torch.from_numpy(np.concatenate([np.atleast_2d(caption) for caption in captions]))
@@ -76,13 +93,12 @@ class LatentSource:
     def _decoded(self, sample: int, content: bytes | Unreadable) -> Row | Unreadable:
         if isinstance(content, Unreadable):
             return content
-        shape, dtype = stored_form(self._entry)
         if content[: len(self._header)] != self._header:
-            return self._members.unreadable(sample, f"its .npy is no array {shape} of {dtype}")
-        values = np.frombuffer(content, dtype=dtype, offset=len(self._header))
-        if values.size != np.prod(shape):
+            return self._members.unreadable(sample, f"its .npy is no array {self._shape} of {self._dtype}")
+        values = np.frombuffer(content, dtype=self._dtype, offset=len(self._header))
+        if values.size != np.prod(self._shape):
             return self._members.unreadable(sample, "its .npy is cut off")
-        return (values.reshape(shape),)
+        return (values.reshape(self._shape),)
 
     def _captioned(self, sample: int, row: Row | Unreadable, text: bytes | Unreadable) -> Row | Unreadable:
         if isinstance(row, Unreadable):
@@ -96,19 +112,27 @@ class LatentSource:
             return self._members.unreadable(sample, str(error))
 
 
-def stored_form(entry: LatentsEntry) -> tuple[tuple[int, ...], np.dtype[np.generic]]:
-    """Return shape and type of a stored sample: moments in fp16, codes in the smallest unsigned integers."""
+def stored_shape(entry: LatentsEntry, size: tuple[int, int]) -> tuple[int, ...]:
+    """Return the shape in which a latent of some height and width is stored."""
+    return (2 * entry.channels, *size) if entry.form == "moments" else size
+
+
+def stored_dtype(entry: LatentsEntry) -> np.dtype[np.generic]:
+    """Return the type of stored latents: moments in fp16, codes in the smallest unsigned integers."""
     if entry.form == "moments":
-        return (2 * entry.channels, *entry.size), np.dtype("<f2")
+        return np.dtype("<f2")
     assert entry.codebook_size is not None, "codes come with the size of their codebook"
-    return entry.size, np.dtype("<u2" if entry.codebook_size <= 1 << 16 else "<u4")
+    return np.dtype("<u2" if entry.codebook_size <= 1 << 16 else "<u4")
 
 
-def npy_header(entry: LatentsEntry) -> bytes:
-    """Return the bytes before the data in each sample's .npy: the same in all, so that reading one is no parsing."""
-    shape, dtype = stored_form(entry)
+def npy_header(entry: LatentsEntry, size: tuple[int, int]) -> bytes:
+    """Return the bytes before the data in the .npy of any latent of a size, so that reading one is no parsing."""
     buffer = io.BytesIO()
-    described = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    described = {
+        "descr": np.lib.format.dtype_to_descr(stored_dtype(entry)),
+        "fortran_order": False,
+        "shape": stored_shape(entry, size),
+    }
     np.lib.format.write_array_header_1_0(buffer, described)
     return buffer.getvalue()
 

@@ -120,11 +120,11 @@ class MemberReader:
 
 
 def epoch_order(
-    config: DataConfig, index: SplitIndex, *, seed: int | None, lanes: int
+    config: DataConfig, shard_start: np.ndarray, *, seed: int | None, lanes: int
 ) -> StoredOrder | BlockPermutation:
-    """Return the order of a split's samples: shuffled by the settings, or as stored without a seed."""
+    """Return the order of samples in shards that start there: shuffled by the settings, or as stored without a seed."""
     if seed is None:
-        return StoredOrder(len(index))
+        return StoredOrder(int(shard_start[-1]))
     return BlockPermutation(
-        index.shard_start, config.shuffle_block_shards, seed=seed, purpose="shards", blocks_held=2 * lanes + 16
+        shard_start, config.shuffle_block_shards, seed=seed, purpose="shards", blocks_held=2 * lanes + 16
     )

@@ -14,6 +14,7 @@ from sixfold_data.index import Manifest, open_split, read_manifest
 from sixfold_data.latents import LatentSource
 from sixfold_data.members import MemberReader, Row, Unreadable
 from sixfold_data.order import EpochOrder, Places
+from sixfold_data.selection import choose
 from sixfold_data.store import open_store
 from sixfold_data.text import TextSource
 
@@ -48,8 +49,8 @@ class Source(Protocol):
         ...
 
 
-def open_source(config: DataConfig, path: str, split: str, *, seed: int | None, lanes: int = 1) -> Source:
-    """Open one split of one data set.
+def open_sources(config: DataConfig, path: str, split: str, *, seed: int | None, lanes: int = 1) -> list[Source]:
+    """Open one split of one data set: one source for each of the settings' buckets, or one in all.
 
     Args:
         config: settings of the ``data`` section.
@@ -65,13 +66,17 @@ def open_source(config: DataConfig, path: str, split: str, *, seed: int | None, 
     manifest = read_manifest(store)
     members = MemberReader(store, open_split(store, manifest, split))
     if manifest.kind == "text":
-        return TextSource(config, manifest, members, seed=seed, lanes=lanes)
+        return [TextSource(config, manifest, members, seed=seed, lanes=lanes)]
     if config.sequence_length is not None:
         raise DataError.of(
             f"a data set of kind {manifest.kind} has no sequences",
             where=path,
             fix="remove data.sequence_length, or name a text data set",
         )
-    if manifest.kind == "latents":
-        return LatentSource(config, manifest, members, seed=seed, lanes=lanes)
-    return ImageSource(config, manifest, members, seed=seed, lanes=lanes)
+    latents = manifest.kind == "latents"
+    kind = LatentSource if latents else ImageSource
+    buckets = (None,) if config.buckets is None else config.buckets.shapes
+    return [
+        kind(config, manifest, chosen, bucket=bucket, seed=seed, lanes=lanes)
+        for bucket, chosen in zip(buckets, choose(config, members, latents=latents, lanes=lanes), strict=True)
+    ]

@@ -7,6 +7,7 @@ consumed samples. Workers therefore need no state, and resuming is asking for an
 from __future__ import annotations
 
 import itertools
+import logging
 import multiprocessing
 import os
 import time
@@ -25,6 +26,8 @@ from sixfold_data.config import DataConfig
 from sixfold_data.describe import combined_fingerprint
 from sixfold_data.order import ORDER_VERSION
 from sixfold_data.quarantine import Quarantine
+
+logger = logging.getLogger(__name__)
 
 DataState = dict[str, int | str]
 """What a checkpoint keeps of the stream, beside the samples consumed; equal on all ranks."""
@@ -66,12 +69,26 @@ class TrainStream:
                 where="data.lanes",
                 fix="resume with the lanes that the run was started with",
             )
+        if config.buckets is not None and start_samples % config.global_batch:
+            raise DataError.of(
+                f"{start_samples} consumed samples are not whole batches of {config.global_batch}",
+                where="data.global_batch",
+                fix="resume with the global batch that the run was started with: each batch is of one bucket",
+            )
         self._config = config
         self._seed = seed
         self._batches = GlobalBatches(config, seed=seed, rank=rank, world_size=world_size)
         sources = self._batches.sources  # opened here, so that faults of the data show before anything starts
-        self._fingerprint = combined_fingerprint([source.manifest for source in sources])
+        # Buckets share their data set's manifest.
+        self._fingerprint = combined_fingerprint([source.manifest for source in sources[: len(config.paths)]])
         samples = sum(len(source.order) for source in sources)
+        if self._batches.left_out and rank == 0:
+            logger.warning(
+                "%d of %d samples are never read: their buckets have fewer samples than the %d lanes",
+                self._batches.left_out,
+                samples,
+                config.lane_count,
+            )
         self._quarantine = Quarantine(
             config.corrupt,
             fingerprint=self._fingerprint,
@@ -108,9 +125,17 @@ class TrainStream:
         return self._quarantine.count
 
     def state(self) -> DataState:
-        """Return what fixes the order, for the checkpoint; together with the samples consumed it is the whole state."""
+        """Return what fixes the order, for the checkpoint; together with the samples consumed it is the whole state.
+
+        What chooses among samples is there where it is set: states without it are those of all samples.
+        """
         config = self._config
-        return {
+        chosen: DataState = {}
+        if config.filter is not None and config.filter.text:
+            chosen["filter"] = config.filter.text
+        if config.buckets is not None:
+            chosen |= {"buckets": config.buckets.text, "global_batch": config.global_batch}
+        return chosen | {
             "fingerprint": self._fingerprint,
             "seed": self._seed,
             "order_version": ORDER_VERSION,
@@ -124,11 +149,12 @@ class TrainStream:
 
     def check_state(self, saved: Mapping[str, int | str]) -> None:
         """Raise DataError unless a checkpoint's state fixes the same order as this stream's."""
-        differing = [name for name, value in self.state().items() if saved.get(name) != value]
+        state = self.state()
+        differing = [name for name in {**state, **saved} if saved.get(name) != state.get(name)]
         if differing:
             raise DataError.of(
                 "the data are not those of the checkpoint: "
-                + "; ".join(f"{name} was {saved.get(name)}, is {self.state()[name]}" for name in differing),
+                + "; ".join(f"{key} was {saved.get(key, 'none')}, is {state.get(key, 'none')}" for key in differing),
                 where=", ".join(self._config.paths),
                 fix="resume with the same seed, data set and order, or start a new run",
             )

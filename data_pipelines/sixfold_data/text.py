@@ -40,7 +40,7 @@ class TextSource:
         self._length = config.sequence_length
         self._tokenizer = make_tokenizer(manifest.tokenizer)
         self._extension = storage_extension(self._tokenizer.vocabulary_size)
-        documents = epoch_order(config, index, seed=seed, lanes=lanes)
+        documents = epoch_order(config, index.shard_start, seed=seed, lanes=lanes)
         self._packing = Packing(
             index.token_start,
             documents,

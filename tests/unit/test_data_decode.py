@@ -57,7 +57,7 @@ def test_unusual_pngs_take_the_general_reader(make):
 def test_resizing_keeps_the_centre():
     pixels = np.zeros((20, 40, 3), dtype=np.uint8)
     pixels[:, 10:30] = 200
-    found = decode_image(encoded(Image.fromarray(pixels)), size=10)
+    found = decode_image(encoded(Image.fromarray(pixels)), size=(10, 10))
     assert found.shape == (10, 10, 3)
     assert found[:, 1:-1].min() > 190
 

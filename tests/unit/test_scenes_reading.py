@@ -23,7 +23,7 @@ from sixfold_data.scenes import (
     parse_caption,
     render,
 )
-from sixfold_data.sources import open_source
+from sixfold_data.sources import open_sources
 
 RED, SMALL_BLUE = Thing("red", "circle"), Thing("blue", "square", "small")
 
@@ -113,7 +113,7 @@ def test_held_out_combinations_are_in_no_training_picture(tmp_path):
     config = DataConfig(path=str(tmp_path / "scenes"), global_batch=1)
     pictures = {}
     for split in ("train", "val"):
-        source = open_source(config, str(tmp_path / "scenes"), split, seed=None)
+        (source,) = open_sources(config, str(tmp_path / "scenes"), split, seed=None)
         places = type("Places", (), {"epoch": None, "sample": np.arange(len(source.order))})
         fields = source.fields(source.rows(places), places)
         texts = [bytes(row[row < 256].astype(np.uint8)).decode() for row in fields["caption"].numpy()]

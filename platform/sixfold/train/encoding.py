@@ -26,18 +26,29 @@ from sixfold.recipe.trained import network_of_run
 from sixfold.train.codec_identity import codec_hash
 from sixfold.train.roles import checkpoint_of, read_trained
 from sixfold.train.run_folder import RunFolder
-from sixfold_data.config import CacheConfig
+from sixfold_data.config import BucketsConfig, CacheConfig
 from sixfold_data.decode import to_unit_range
 from sixfold_data.encode import JOB_NAME, Encode, Encoded, EncodeJob, encode_pieces, stored_batch
-from sixfold_data.index import LatentsEntry, read_manifest
+from sixfold_data.index import LatentsEntry, Manifest, read_manifest
 from sixfold_data.store import open_store
 
 
-def plan_job(run: Path, data: str, *, batch: int, piece_samples: int, corrupt_budget: int) -> EncodeJob:
+def plan_job(
+    run: Path,
+    data: str,
+    *,
+    batch: int,
+    piece_samples: int,
+    corrupt_budget: int,
+    buckets: BucketsConfig | None = None,
+) -> EncodeJob:
     """Describe the job of encoding a data set by the codec of a run, its newest checkpoint's.
 
+    Images are brought to the size of nearest aspect ratio among ``buckets``, or all to one.
+
     Raises:
-        UserError: the run trains no codec, or has no checkpoint; the data are no images, or of other channels.
+        UserError: the run trains no codec, or has no checkpoint; the data are no images, or of other channels; a side
+            of a bucket is no multiple of the codec's factor.
     """
     source = codec_of(run)
     config = source.architecture
@@ -54,15 +65,14 @@ def plan_job(run: Path, data: str, *, batch: int, piece_samples: int, corrupt_bu
             fix="name images like those that the codec was trained on",
         )
     candidate = checkpoint_of(source)
-    size = manifest.image_size or (config.image_size, config.image_size)
-    if any(side % config.factor for side in size):
-        size = (config.image_size, config.image_size)
+    sizes = _sizes(config, manifest, buckets)
+    cells = {(height // config.factor, width // config.factor) for height, width in sizes}
     entry = LatentsEntry(
         codec=codec_hash(read_trained(source)),
         source=manifest.fingerprint,
         form="codes" if config.codebook_size else "moments",
         channels=1 if config.codebook_size else config.latent_channels,
-        size=(size[0] // config.factor, size[1] // config.factor),
+        size=next(iter(cells)) if len(cells) == 1 else None,
         codebook_size=config.codebook_size,
     )
     return EncodeJob(
@@ -70,12 +80,28 @@ def plan_job(run: Path, data: str, *, batch: int, piece_samples: int, corrupt_bu
         run=str(run.resolve()),
         step=candidate.step,
         latents=entry,
-        image_size=size,
+        sizes=sizes,
+        factor=config.factor,
         channels=config.channels,
         batch=batch,
         piece_samples=piece_samples,
         corrupt_budget=corrupt_budget,
     )
+
+
+def _sizes(config: CodecConfig, manifest: Manifest, buckets: BucketsConfig | None) -> tuple[tuple[int, int], ...]:
+    """Return the heights and widths that images are brought to."""
+    if buckets is None:
+        size = manifest.image_size or (config.image_size, config.image_size)
+        fits = not any(side % config.factor for side in size)
+        return (size if fits else (config.image_size, config.image_size),)
+    if any(side % config.factor for shape in buckets.shapes for side in shape):
+        raise UserError.of(
+            f"some side of the buckets {buckets.text} is no multiple of {config.factor}, the codec's factor",
+            where="--bucket-step",
+            fix=f"choose a multiple of {config.factor}",
+        )
+    return buckets.shapes
 
 
 def codec_of(run: Path, step: int | None = None) -> TrainedNetwork:
