@@ -120,30 +120,40 @@ def _spell(values: dict[str, float]) -> str:
 
 
 def _plan_all(cluster: Cluster, *, as_json: bool) -> None:
-    """One line a recipe that is not of smoke size."""
+    """One line a recipe that is not of smoke size; one that cannot be planned there says why in its line."""
+    from sixfold.errors import SixfoldError
+    from sixfold.pipeline.load import is_pipeline
     from sixfold.planning.plan import Planner
     from sixfold.recipe.catalogue import catalogue
 
-    records = []
+    records: list[dict[str, Any]] = []
     for entry in catalogue():
-        if entry.name.endswith(("-smoke", "-cpu")):
+        if is_pipeline(entry.path) or entry.name.endswith(("-smoke", "-cpu")):
             continue
-        found = Planner(_load(entry.name, [], cluster), cluster).plan()
-        records.append({"recipe": entry.name, **found.as_record()})
+        try:
+            found = Planner(_load(entry.name, [], cluster), cluster).plan()
+        except SixfoldError as error:
+            records.append({"recipe": entry.name, "fault": error.faults[0].what})
+        else:
+            records.append({"recipe": entry.name, **found.as_record()})
     if as_json:
         typer.echo(json.dumps(records))
         return
-    rows = [
-        (
-            str(record["recipe"]),
-            f"{sum(record['parameters'].values()) / 1e6:,.0f}M",
-            f"{record['peak_bytes'] / _GIB:.1f}",
-            "yes" if record["fits"] else "no",
-            f"{record['step_s']:.3f}",
-            f"{record['mfu']:.0%}",
-            f"{record['days']:.1f}",
-        )
-        for record in records
-    ]
     title = f"{cluster.nodes} x {cluster.ranks_per_node} {cluster.device.name}"
-    print_table(title, ("recipe", "parameters", "GiB a rank", "fits", "step, s", "MFU", "days"), rows)
+    headings = ("recipe", "parameters", "GiB a rank", "fits", "step, s", "MFU", "days")
+    print_table(title, headings, [_line(record) for record in records if "fault" not in record])
+    for record in records:
+        if "fault" in record:
+            typer.echo(f"{record['recipe']}: no plan: {record['fault']}")
+
+
+def _line(record: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        str(record["recipe"]),
+        f"{sum(record['parameters'].values()) / 1e6:,.0f}M",
+        f"{record['peak_bytes'] / _GIB:.1f}",
+        "yes" if record["fits"] else "no",
+        f"{record['step_s']:.3f}",
+        f"{record['mfu']:.0%}",
+        f"{record['days']:.1f}",
+    )

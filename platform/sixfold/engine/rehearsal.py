@@ -103,7 +103,11 @@ def rehearse(
             world=world,
         )
         batch = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in batch_fields.items()}
-        frozen = {role: _frozen(specification, settings) for role, settings in (others or {}).items()}
+        shared = {name: getattr(specification, name) for name in ("engine", "role", "seed", "world")}
+        frozen = {
+            role: untrained_network(NetworkSpecification(network=settings, **shared))
+            for role, settings in (others or {}).items()
+        }
 
         def of_network(network: nn.Module) -> Tensor:
             return loss(network, frozen, batch)
@@ -113,13 +117,35 @@ def rehearse(
         return _rehearse_replicated(specification, of_network)
 
 
-def _frozen(specification: RoleSpecification, settings: Component) -> nn.Module:
+def rehearse_untrained(network_config: Component, engine_config: EngineConfig, *, world_size: int) -> Rehearsal:
+    """Build one role that nothing trains as rank 0 of ``world_size`` has it, and count what the rank holds of it."""
+    with fake_world(world_size) as world, FakeTensorMode(allow_non_fake_inputs=True):
+        network = untrained_network(
+            NetworkSpecification(engine=engine_config, network=network_config, role="rehearsed", seed=0, world=world)
+        )
+        parameters = list(network.parameters())
+        return Rehearsal(
+            parameters=sum(math.prod(value.shape) for value in parameters),
+            world_size=world_size,
+            parameter_bytes=_bytes(parameters),
+            gradient_bytes=0,
+            optimizer_bytes=0,
+            average_bytes=0,
+        )
+
+
+def untrained_network(specification: NetworkSpecification) -> nn.Module:
+    """Return a frozen or tracking network on fake tensors; of a pretrained one, what stands in for it.
+
+    Raises:
+        RecipeError: nothing tells how large a pretrained network is.
+    """
+    settings = specification.network
     if isinstance(settings, NetworkSettings) and settings.stand_in is not None:
         module, name = settings.stand_in.split(":")
         silent: nn.Module = getattr(import_module(module), name)(settings)
-        return silent
-    shared = {name: getattr(specification, name) for name in ("engine", "role", "seed", "world")}
-    return Companion(NetworkSpecification(network=settings, **shared)).network
+        return silent.requires_grad_(False)
+    return Companion(specification).network
 
 
 def _rehearse_sharded(

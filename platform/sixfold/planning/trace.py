@@ -21,10 +21,11 @@ from sixfold.distributed.process_group import World
 from sixfold.distributed.randomness import PositionRandom
 from sixfold.engine.averaging import kinds_of
 from sixfold.engine.base import NetworkSpecification, RoleSpecification
-from sixfold.engine.companion import Companion
 from sixfold.engine.config import ConstantScheduleConfig, EngineConfig, FSDPConfig, MuonConfig
 from sixfold.engine.fsdp import FSDPEngine
+from sixfold.engine.rehearsal import untrained_network
 from sixfold.engine.sharding import local_tensors
+from sixfold.models.attention import kernels_of
 from sixfold.models.network import Network, parameter_tags
 from sixfold.models.trained.network import NetworksConfig
 from sixfold.objectives.contract import Batch, LossTerms, Objective, Phase, Progress
@@ -77,7 +78,7 @@ def trace_step(recipe: Recipe, world_size: int, *, device: torch.device | None =
     Args:
         recipe: what trains.
         world_size: ranks to pretend.
-        device: where the run would be, as far as buffers depend on it; tensors are those of a CPU.
+        device: where the run would be, as far as buffers and attention's kernels depend on it; tensors are a CPU's.
 
     Raises:
         RecipeError: the recipe does not fit that many ranks.
@@ -86,7 +87,8 @@ def trace_step(recipe: Recipe, world_size: int, *, device: torch.device | None =
     networks = resolve_networks(recipe, planning=True)
     objective: Objective = recipe.objective.load()(recipe.objective, networks)
     frequency = phases_of(objective, recipe.train.steps)
-    with fake_world(world_size) as world, FakeTensorMode(allow_non_fake_inputs=True):
+    kernels = kernels_of(device or torch.device("cpu"))
+    with fake_world(world_size) as world, FakeTensorMode(allow_non_fake_inputs=True), kernels:
         cast = _Cast(recipe, objective, networks, world)
         traced = [(times, cast.trace(phase)) for phase, times in frequency.items()]
         fullest = max((readings for _, (readings, _, _) in traced), key=lambda readings: readings.peak_bytes)
@@ -151,7 +153,7 @@ class _Cast:
         self._recipe, self._objective, self._networks, self._world = recipe, objective, networks, world
         self.engines = {role: self._engine(role) for role in names_of(objective, "trainable")}
         others = (*names_of(objective, "tracking"), *names_of(objective, "frozen"))
-        self.companions = {role: Companion(self._specification(role, self._served(role))) for role in others}
+        self.companions = {role: untrained_network(self._specification(role, self._served(role))) for role in others}
         self.shapes = {role: self._shapes(role) for role in self.engines}
 
     def trace(self, phase: Phase) -> tuple[Readings, float, Mapping[Collective, float]]:
@@ -172,7 +174,7 @@ class _Cast:
 
     def companion_bytes(self) -> int:
         """What the other roles keep on the rank."""
-        values = (value for part in self.companions.values() for value in part.network.parameters())
+        values = (value for network in self.companions.values() for value in network.parameters())
         return sum(value.numel() * value.element_size() for value in local_tensors(list(values)))
 
     def _compute(self, phase: Phase, samples: int) -> LossTerms:
@@ -200,7 +202,7 @@ class _Cast:
             for role, engine in self.engines.items()
             if role not in phase.trains
         }
-        return {**trained, **untrained, **{role: part.network for role, part in self.companions.items()}}
+        return {**trained, **untrained, **self.companions}
 
     def _finish(self, role: str, meter: StepMeter) -> None:
         """Update a role where its update sends messages, and forget its gradients."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sixfold.distributed.randomness import PositionRandom
-from sixfold.engine.rehearsal import BatchFields, Rehearsal, rehearse
+from sixfold.engine.rehearsal import BatchFields, Rehearsal, rehearse, rehearse_untrained
 from sixfold.models.settings import SampleLengths
 from sixfold.models.trained.network import NetworksConfig, architecture_of
 from sixfold.objectives.contract import Batch, Objective, Phase, Progress
@@ -24,7 +24,8 @@ _EAGER_CHECKPOINTING = {"budget": {"activation_checkpointing": "full", "activati
 def rehearse_recipe(recipe: Recipe, world_size: int) -> dict[str, Rehearsal]:
     """Run each trainable role's forward, backward and update as rank 0 of ``world_size`` ranks; say what it would hold.
 
-    Neither the data set nor a device is needed: shapes follow from the recipe.
+    The roles that nothing trains follow, with what the rank would hold of them. Neither the data set nor a device is
+    needed: shapes follow from the recipe.
 
     Raises:
         RecipeError: the recipe does not fit that many ranks.
@@ -32,8 +33,14 @@ def rehearse_recipe(recipe: Recipe, world_size: int) -> dict[str, Rehearsal]:
     check_recipe(recipe, world_size)
     networks = resolve_networks(recipe, planning=True)
     objective: Objective = recipe.objective.load()(recipe.objective, networks)
-    return {
-        role: _rehearse_role(recipe, objective, networks, role, world_size) for role in names_of(objective, "trainable")
+    trainable = names_of(objective, "trainable")
+    trained = {role: _rehearse_role(recipe, objective, networks, role, world_size) for role in trainable}
+    return trained | {
+        role: rehearse_untrained(
+            settings_of(networks, part), recipe.engine_of(part.follows or trainable[0]), world_size=world_size
+        )
+        for role, part in objective.roles.items()
+        if role not in trained
     }
 
 

@@ -88,14 +88,17 @@ class ByteTextEncoderConfig(TextEncoderSettings):
 
 
 class HuggingFaceTextConfig(TextEncoderSettings):
-    """A frozen CLIP or T5 encoder in the format of the Hugging Face hub, with its tokenizer, from a folder."""
+    """A frozen CLIP or T5 encoder in the format of the Hugging Face hub, with its tokenizer."""
 
     implementation: ClassVar[str] = "sixfold.models.text_encoder.hugging_face:load_hugging_face_text"
     pretrained: ClassVar[bool] = True
     stand_in: ClassVar[str | None] = "sixfold.models.text_encoder.hugging_face:SilentText"
 
     type: Literal["huggingface_text"] = "huggingface_text"
-    path: str = Field(min_length=1, description="Folder with config.json, weights and tokenizer (or its sub-folders).")
+    path: str = Field(
+        min_length=1,
+        description="Folder with config.json, weights and tokenizer (or its sub-folders); or hf://OWNER/NAME.",
+    )
     encoder_folder: str = Field(default="", description="Sub-folder of the weights, such as text_encoder_2.")
     tokenizer_folder: str = Field(default="", description="Sub-folder of the tokenizer, such as tokenizer_2.")
     text_tokens: int = Field(ge=1, description="Tokens a caption is cut or padded to: 77 for CLIP; 77 or 256 for T5.")
@@ -103,4 +106,10 @@ class HuggingFaceTextConfig(TextEncoderSettings):
     pooled_width: int = Field(default=0, ge=0, description="Features of the pooled text; 0 where it has none (T5).")
     layer: int = Field(
         default=-1, le=-1, description="Which layer's features: -1 the last, -2 the one before it (SD3's CLIPs)."
+    )
+    dtype: Literal["fp32", "bf16"] = Field(
+        default="fp32", description="What its weights are kept and computed in; bf16 takes half the memory."
+    )
+    parameters: int | None = Field(
+        default=None, ge=1, description="Number of its weights, for plans; null: counted in the folder."
     )
