@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ class Task:
         index: place in the array; None for a job that is none.
         state: Slurm's word.
         exit_code: of the batch script.
+        killed: whether a signal ended the batch script, so that it could not ask for another turn.
     """
 
     job_id: str
@@ -46,10 +48,13 @@ class Task:
     nodes: str = ""
     restarts: int = 0
     exit_code: int = 0
+    killed: bool = False
 
     def read_state(self) -> State:
         """The state in the job book's words; what Slurm calls failed or timed out may only have been interrupted."""
         if self.state in ("FAILED", "TIMEOUT") and self.exit_code == INTERRUPTED:
+            return "interrupted"
+        if self.state == "FAILED" and self.killed:
             return "interrupted"
         return state_of(self.state)
 
@@ -136,6 +141,7 @@ def tasks_named(name: str) -> list[Task]:
 def _parse(line: str) -> Task:
     _, job_id, state, reason, nodes, restarts, code = (part.strip() for part in line.split("|")[: len(_FIELDS)])
     index = job_id.partition("_")[2]
+    exit_code, killed = read_end(code)
     return Task(
         job_id=job_id,
         index=int(index) if index.isdigit() else None,
@@ -143,11 +149,14 @@ def _parse(line: str) -> Task:
         reason="" if reason == "None" else reason,
         nodes=nodes,
         restarts=int(restarts or 0),
-        exit_code=_exit_code(code),
+        exit_code=exit_code,
+        killed=killed,
     )
 
 
-def _exit_code(text: str) -> int:
-    """The exit code of ``75``, ``0:9`` or a raw wait status (19200)."""
-    number = int(re.split(r"\D", text or "0")[0] or 0)
-    return number >> 8 if number > 255 else number
+def read_end(text: str) -> tuple[int, bool]:
+    """The exit code, and whether a signal ended the script, of ``75``, ``0:9`` or a raw wait status (19200, 9)."""
+    code, *signals = [int(number) for number in re.findall(r"\d+", text)] or [0]
+    if signals:
+        return code, signals[0] > 0
+    return (code >> 8, False) if code > 255 else (code, code == signal.SIGKILL)

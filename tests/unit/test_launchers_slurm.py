@@ -11,6 +11,7 @@ import pytest
 
 from sixfold_launchers.contract import INTERRUPTED, JobSpec, RunSpec, launcher_of, port_of
 from sixfold_launchers.profile_files import list_profiles, load_profile
+from sixfold_launchers.slurm_client import Task, read_end
 from sixfold_launchers.slurm_task import hosts, rank_variables
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -78,6 +79,25 @@ def test_secrets_and_hostile_words_reach_the_script_by_name_and_quoted():
 )
 def test_node_lists_expand_as_scontrol_does(nodelist, names):
     assert hosts(nodelist) == names
+
+
+@pytest.mark.parametrize(
+    ("state", "end", "read"),
+    [
+        ("FAILED", "19200", "interrupted"),
+        ("FAILED", "75:0", "interrupted"),
+        ("TIMEOUT", "75", "interrupted"),
+        ("FAILED", "9", "interrupted"),  # the batch shell was killed
+        ("FAILED", "0:9", "interrupted"),
+        ("FAILED", "35072", "failed"),  # the script itself ended with 137: ranks were killed too often
+        ("FAILED", "256", "failed"),
+        ("COMPLETED", "0", "finished"),
+        ("COMPLETED", "", "finished"),
+    ],
+)
+def test_what_slurm_calls_failed_may_be_interrupted(state, end, read):
+    exit_code, killed = read_end(end)
+    assert Task(job_id="1", index=None, state=state, exit_code=exit_code, killed=killed).read_state() == read
 
 
 def test_a_step_s_variables_become_a_rank_s():
