@@ -110,6 +110,16 @@ class EvaluationReader:
 
 
 def read_split_arrays(config: DataConfig, split: str, *, quarantine_path: Path | None = None) -> dict[str, np.ndarray]:
-    """Read a whole (small) split into arrays: the fields of a batch with all samples, in stored order."""
+    """Read a whole (small) split into arrays: the fields of a batch with all samples, in stored order.
+
+    Raises:
+        DataError: the settings give pictures several sizes, which make no array.
+    """
+    if config.buckets is not None:
+        raise DataError.of(
+            "a split whose pictures have several sizes cannot be read whole",
+            where="data.buckets",
+            fix="set data.image_size in the place of data.buckets",
+        )
     batches = list(EvaluationReader(config, split=split, batch=256, quarantine_path=quarantine_path))
     return {name: torch.cat([batch[name] for batch in batches]).numpy() for name in batches[0].fields}

@@ -280,16 +280,22 @@ def _captions_fit(checked: _Checked) -> Iterator[Fault]:
 
 
 def _reference_images(checked: _Checked) -> Iterator[Fault]:
-    """Latents are no pictures to compare samples with."""
+    """Latents are no pictures to compare samples with, and samples are of one size."""
     recipe, evaluation = checked.recipe, checked.recipe.evaluation
-    if recipe.objective.latents_of is None or evaluation is None or evaluation.reference is not None:
+    if evaluation is None or evaluation.reference is not None:
+        return
+    if recipe.objective.latents_of is not None:
+        what = "latents"
+    elif recipe.data.buckets is not None:
+        what = "of several sizes (data.buckets)"
+    else:
         return
     comparing = [metric.type for metric in evaluation.sample_metrics if "captions" not in metric.needs]
     if comparing:
         yield checked.fault(
-            f"evaluation.metrics has {', '.join(comparing)}, which compare images, and the data are latents",
+            f"evaluation.metrics has {', '.join(comparing)}, which compare images, and the data are {what}",
             at="evaluation.metrics",
-            fix="name the images that were encoded under evaluation.reference, or remove these metrics",
+            fix="name images of the samples' size under evaluation.reference, or remove these metrics",
         )
 
 

@@ -33,6 +33,9 @@ from sixfold_data.evaluation import EvaluationReader, read_split_arrays
 SEED_OFFSET = 1
 """Held-out noise differs from training noise even where positions coincide."""
 
+_ALL_OF_ONE_PATH = {"mixture": (), "filter": None, "buckets": None}
+"""Settings of the training data that are not meant for reference images."""
+
 CONDITIONS = ("label", "caption")
 """The fields of a batch that samples are drawn for."""
 
@@ -202,7 +205,7 @@ class ImagesOf:
     @cached_property
     def _data(self) -> DataConfig:
         reference = self._config.reference
-        return self._own if reference is None else self._own.model_copy(update={"path": reference, "mixture": ()})
+        return self._own if reference is None else self._own.model_copy(update={**_ALL_OF_ONE_PATH, "path": reference})
 
     @cached_property
     def _reference_info(self) -> DataInfo:
@@ -212,7 +215,8 @@ class ImagesOf:
     def fingerprint(self) -> str:
         """The data's, with what else decides how images are decoded."""
         splits = self._data.splits
-        return f"{self._reference_info.fingerprint}/{self._data.image_size}/{splits.train}/{splits.evaluation}"
+        chosen = "" if self._data.filter is None else f"/{self._data.filter.text}"
+        return f"{self._reference_info.fingerprint}/{self._data.image_size}/{splits.train}/{splits.evaluation}{chosen}"
 
     def size(self, split: Split) -> int:
         """How many images a split has."""

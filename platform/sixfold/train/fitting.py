@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 from sixfold.errors import Fault, RecipeError
@@ -24,6 +24,21 @@ class TakesImages(Protocol):
     @property
     def channels(self) -> int:
         """Channels of the images."""
+        ...
+
+
+@runtime_checkable
+class TakesRectangles(Protocol):
+    """Settings of a network that reads images of several aspect ratios too."""
+
+    @property
+    def patch_size(self) -> int:
+        """What both sides are multiples of, in pixels."""
+        ...
+
+    @property
+    def largest_side(self) -> int:
+        """Most pixels of a side."""
         ...
 
 
@@ -82,7 +97,9 @@ def _image_faults(name: str, network: TakesImages, info: DataInfo) -> Iterator[F
             "train a language model on it: objective.type=next_token",
         )
         return
-    if info.image_size != (network.image_size, network.image_size):
+    if info.buckets:
+        yield from _bucket_faults(name, network, info.buckets)
+    elif info.image_size != (network.image_size, network.image_size):
         found = "several sizes" if info.image_size is None else "x".join(map(str, info.image_size))
         key = f"networks.{name}.image_size"
         square = info.image_size is not None and len(set(info.image_size)) == 1
@@ -98,6 +115,26 @@ def _image_faults(name: str, network: TakesImages, info: DataInfo) -> Iterator[F
     if classes not in (0, len(info.classes)):
         key = f"networks.{name}.classes"
         yield _fault(key, classes, f"{len(info.classes)} classes", f"set {key}={len(info.classes)}")
+
+
+def _bucket_faults(name: str, network: TakesImages, buckets: Sequence[tuple[int, int]]) -> Iterator[Fault]:
+    if isinstance(network, TakesRectangles):
+        step, largest = network.patch_size, network.largest_side
+        misfits = [shape for shape in buckets if max(shape) > largest or any(side % step for side in shape)]
+        allowed = f"sides that are multiples of {step}, up to {largest}"
+        fix = f"change data.buckets, or networks.{name}.position_grid: patches a side, for the longest one"
+    else:
+        misfits = [shape for shape in buckets if shape != (network.image_size, network.image_size)]
+        allowed = f"{network.image_size}x{network.image_size}"
+        fix = "take a network of type mmdit, or data.image_size in the place of data.buckets"
+    if misfits:
+        sizes = ", ".join(f"{width}x{height}" for height, width in misfits)
+        yield Fault(
+            what=f"networks.{name} cannot read pictures of {sizes}, which are among data.buckets",
+            where="data.buckets",
+            allowed=allowed,
+            fix=fix,
+        )
 
 
 def _caption_faults(info: DataInfo) -> Iterator[Fault]:

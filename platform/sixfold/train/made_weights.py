@@ -52,6 +52,7 @@ class _Failure(NamedTuple):
 
 def _read_or_make(settings: NetworkSettings, data: DataConfig, cache: Path | None) -> dict[str, Tensor]:
     key = f"{settings.weights_from}/{settings.model_dump_json()}/{describe(data).fingerprint}/{data.splits.train}"
+    key += "" if data.filter is None else f"/{data.filter.text}"
     name = f"{settings.model_dump()['type']}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
     path = None if cache is None else cache / name
     if path is not None and path.exists():

@@ -36,23 +36,27 @@ def peak_flops_per_second(world: World, recipe: Recipe) -> float:
 
 
 def training_flops_per_sample(recipe: Recipe, training: Training) -> float:
-    """Model FLOPs of forward and backward (three forwards) of all trained networks on one sample."""
-    shapes = sample_shapes(recipe)
+    """Model FLOPs of forward and backward (three forwards) of all trained networks on one sample.
+
+    Buckets are of about one area: their plain mean is taken.
+    """
+    buckets = sample_shapes(recipe)
     forward = 0.0
     for engine in training.engines.values():
         assert isinstance(engine.network, Network)
-        forward += engine.network.forward_flops(shapes)
+        forward += sum(engine.network.forward_flops(shapes) for shapes in buckets) / len(buckets)
     return 3.0 * forward
 
 
-def sample_shapes(recipe: Recipe) -> dict[str, tuple[int, ...]]:
-    """The shapes of a batch of one sample, by field."""
+def sample_shapes(recipe: Recipe) -> list[dict[str, tuple[int, ...]]]:
+    """The shapes of a batch of one sample, by field; of each bucket where there are some."""
     info = describe(recipe.data)
     shapes: dict[str, tuple[int, ...]] = {}
-    if info.image_size is not None and info.channels is not None:
-        shapes["image"] = (1, info.channels, *info.image_size)
     if info.classes:
         shapes["label"] = (1,)
     if recipe.data.sequence_length is not None:
         shapes["tokens"] = (1, recipe.data.sequence_length + 1)
-    return shapes
+    sizes = info.buckets or ((info.image_size,) if info.image_size is not None else ())
+    if info.channels is None or not sizes:
+        return [shapes]
+    return [{"image": (1, info.channels, *size), **shapes} for size in sizes]

@@ -63,6 +63,11 @@ class MMDiTConfig(NetworkSettings):
         return self.grid**2 + self.text_tokens
 
     @property
+    def largest_side(self) -> int:
+        """Most pixels of a side of an image that fits the grid of positions."""
+        return self.patch_size * (self.position_grid or self.grid)
+
+    @property
     def hidden_width(self) -> int:
         """Hidden width of the MLPs."""
         return int(self.width * self.mlp_ratio)
