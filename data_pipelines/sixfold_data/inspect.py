@@ -1,4 +1,4 @@
-"""Looking at a data set: what it holds, and a few of its samples as a picture grid or as text."""
+"""Looking at a data set: what it holds, and a few of its samples: pictures with their captions, or documents."""
 
 from __future__ import annotations
 
@@ -8,16 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageDraw
 
 from sixfold_data.decode import IMAGE_EXTENSIONS, decode_image
 from sixfold_data.index import Kind, LatentsEntry, Manifest, SplitIndex, open_split
 from sixfold_data.store import Store
 from sixfold_data.tokenizers import STORAGE_DTYPES, make_tokenizer
-
-SMALLEST_CELL_PIXELS = 48
-LARGEST_CELL_PIXELS = 160
-_TITLE_PIXELS = 14
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +43,24 @@ class Summary:
 
 @dataclass(frozen=True)
 class Picture:
-    """A decoded image ``[h, w, 3]`` and what to write below it."""
+    """A decoded image ``[h, w, 3]``, its key, and what it shows: its caption or class, None where there is neither."""
 
     pixels: UInt8[np.ndarray, "h w 3"]
-    title: str
+    key: str
+    caption: str | None
+
+    @property
+    def title(self) -> str:
+        """What to write below it: what it shows, else the last part of its key."""
+        return self.key.rpartition("/")[2] if self.caption is None else self.caption
+
+
+@dataclass(frozen=True)
+class Excerpt:
+    """The beginning of one document of a text data set."""
+
+    key: str
+    text: str
 
 
 def summarise(store: Store, manifest: Manifest) -> Summary:
@@ -85,22 +94,26 @@ def _summarise_split(manifest: Manifest, index: SplitIndex) -> SplitSummary:
 
 
 def read_pictures(store: Store, manifest: Manifest, split: str, count: int) -> list[Picture]:
-    """Decode ``count`` samples spread evenly over a split, titled by class, caption or key."""
+    """Decode ``count`` samples spread evenly over a split."""
     index = open_split(store, manifest, split)
-    chosen = np.unique(np.linspace(0, len(index) - 1, num=min(count, len(index))).astype(np.int64))
-    return [_read_picture(store, manifest, index, sample) for sample in chosen.tolist()]
+    return [_read_picture(store, manifest, index, sample) for sample in _spread(index, count)]
+
+
+def _spread(index: SplitIndex, count: int) -> list[int]:
+    """Return the numbers of ``count`` samples, or of all there are, from the first to the last."""
+    chosen: list[int] = np.unique(np.linspace(0, len(index) - 1, num=min(count, len(index))).astype(np.int64)).tolist()
+    return chosen
 
 
 def _read_picture(store: Store, manifest: Manifest, index: SplitIndex, sample: int) -> Picture:
     content = _read_member(store, index, sample, (*IMAGE_EXTENSIONS, "npy"))
     pixels = decode_image(content, channels=3) if manifest.latents is None else latent_pixels(content, manifest.latents)
-    if index.label is not None and index.label[sample] >= 0:
-        title = manifest.classes[index.label[sample]]
-    elif "txt" in index.members:
-        title = _read_member(store, index, sample, ("txt",)).decode(errors="replace")
-    else:
-        title = index.key(sample).rpartition("/")[2]
-    return Picture(pixels, title)
+    caption = None
+    if "txt" in index.members and index.members["txt"].length[sample] >= 0:
+        caption = " ".join(_read_member(store, index, sample, ("txt",)).decode(errors="replace").split())
+    elif index.label is not None and index.label[sample] >= 0:
+        caption = manifest.classes[index.label[sample]]
+    return Picture(pixels, index.key(sample), caption)
 
 
 def latent_pixels(content: bytes, entry: LatentsEntry) -> UInt8[np.ndarray, "h w 3"]:
@@ -116,14 +129,18 @@ def latent_pixels(content: bytes, entry: LatentsEntry) -> UInt8[np.ndarray, "h w
     return np.round(255.0 * shades.clip(0.0, 1.0)).astype(np.uint8).transpose(1, 2, 0)
 
 
-def read_text(store: Store, manifest: Manifest, split: str, characters: int) -> tuple[str, str]:
-    """Return (key, beginning) of the first document of a split."""
+def read_texts(store: Store, manifest: Manifest, split: str, count: int, characters: int) -> list[Excerpt]:
+    """Return the beginnings of ``count`` documents spread evenly over a split."""
     index = open_split(store, manifest, split)
     assert manifest.tokenizer is not None, "a text data set records its tokenizer"
+    tokenizer = make_tokenizer(manifest.tokenizer)
     extension = next(name for name in STORAGE_DTYPES if name in index.members)
-    content = _read_member(store, index, 0, (extension,), limit=8 * characters)
-    text = make_tokenizer(manifest.tokenizer).decode(np.frombuffer(content, dtype=STORAGE_DTYPES[extension]))
-    return index.key(0), text[:characters]
+    excerpts = []
+    for sample in _spread(index, count):
+        content = _read_member(store, index, sample, (extension,), limit=8 * characters)
+        text = tokenizer.decode(np.frombuffer(content, dtype=STORAGE_DTYPES[extension]))
+        excerpts.append(Excerpt(index.key(sample), text[:characters]))
+    return excerpts
 
 
 def _read_member(
@@ -136,26 +153,3 @@ def _read_member(
             shard = index.shards[int(index.shard_of(np.asarray(sample)))].path
             return store.read(shard, int(member.offset[sample]), length if limit is None else min(length, limit))
     raise AssertionError(f"sample {index.key(sample)} has none of {', '.join(extensions)}")
-
-
-def draw_grid(pictures: Sequence[Picture], columns: int) -> Image.Image:
-    """Draw pictures with their titles below, row by row; tiny ones are enlarged by whole factors."""
-    largest = max(max(picture.pixels.shape[:2]) for picture in pictures)
-    enlarge = max(1, -(-SMALLEST_CELL_PIXELS // largest))
-    cell = min(LARGEST_CELL_PIXELS, largest * enlarge)
-    rows = -(-len(pictures) // columns)
-    grid = Image.new("RGB", (columns * (cell + 4), rows * (cell + _TITLE_PIXELS + 4)), "white")
-    pen = ImageDraw.Draw(grid)
-    for number, picture in enumerate(pictures):
-        left, top = number % columns * (cell + 4) + 2, number // columns * (cell + _TITLE_PIXELS + 4) + 2
-        grid.paste(fit(Image.fromarray(picture.pixels), cell), (left, top))
-        title = picture.title.encode("latin-1", errors="replace").decode("latin-1")
-        pen.text((left, top + cell), title[: cell // 6], fill="black")
-    return grid
-
-
-def fit(image: Image.Image, side: int) -> Image.Image:
-    """Scale an image so that its longer side is ``side``; enlarging keeps pixels square and sharp."""
-    scale = side / max(image.size)
-    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
-    return image.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)

@@ -14,9 +14,10 @@ from sixfold.errors import DataError, EnvironmentFault
 from sixfold_data.build import BuildOptions, KeyMaker, assign_splits
 from sixfold_data.build_images import build_image_text, build_images
 from sixfold_data.build_text import build_text
+from sixfold_data.contact_sheet import draw_grid
 from sixfold_data.demo import build_digits, build_stdlib
 from sixfold_data.index import open_split, read_manifest
-from sixfold_data.inspect import draw_grid, read_pictures, read_text, summarise
+from sixfold_data.inspect import read_pictures, read_texts, summarise
 from sixfold_data.store import open_store
 from sixfold_data.tokenizers import STORAGE_DTYPES, make_tokenizer
 from sixfold_data.verify import verify
@@ -288,9 +289,10 @@ def test_the_standard_library_is_capped_and_has_no_tests(tmp_path):
     built = documents(tmp_path / "one", "train") | documents(tmp_path / "one", "val")
     assert not any("test/" in key or "site-packages" in key for key in built)
     store = open_store(str(tmp_path / "one"))
-    key, text = read_text(store, read_manifest(store), "train", 100)
-    assert built[key].startswith(text)
-    assert len(text) == 100
+    excerpts = read_texts(store, read_manifest(store), "train", 4, 100)
+    assert len({excerpt.key for excerpt in excerpts}) == 4
+    assert all(built[excerpt.key].startswith(excerpt.text) for excerpt in excerpts)
+    assert max(len(excerpt.text) for excerpt in excerpts) == 100
 
 
 def test_a_stray_image_costs_the_labels_aloud_and_bad_files_are_named(tmp_path):

@@ -17,9 +17,12 @@ from sixfold.cli.data_views import format_bytes
 if TYPE_CHECKING:
     from sixfold.errors import Fault
     from sixfold_data.build import BuildOptions, BuildReport
+    from sixfold_data.inspect import Summary
 
 MIB = 2**20
 REMARKS_SHOWN = 20
+PICTURES_SHOWN = 32
+DOCUMENTS_SHOWN = 3
 
 SourceArgument = Annotated[str, typer.Argument(help="Folder or URL of the data set.", show_default=False)]
 OutOption = Annotated[
@@ -187,17 +190,20 @@ def inspect(
     source: SourceArgument,
     *,
     split: Annotated[str, typer.Option(help="Split to show samples of.")] = "train",
-    count: Annotated[int, typer.Option(min=1, help="How many pictures.")] = 32,
+    count: Annotated[
+        int | None, typer.Option(min=1, help="How many samples to show.", show_default="32 pictures, 3 documents")
+    ] = None,
     columns: Annotated[int, typer.Option(min=1, help="Pictures in a row.")] = 8,
-    characters: Annotated[int, typer.Option(min=1, help="How much text.")] = 600,
+    characters: Annotated[int, typer.Option(min=1, help="How much of each document.")] = 600,
     out: Annotated[Path | None, typer.Option("--out", help="Write the picture grid to this PNG file.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what a data set holds: counts, sizes, labels, and pictures or text."""
-    from sixfold.cli.data_views import print_pictures, print_summary
+    """Show what a data set holds: counts, sizes, labels, and pictures with their captions, or documents."""
+    from sixfold.cli.data_views import print_captions, print_pictures, print_summary, print_texts
     from sixfold.errors import DataError
+    from sixfold_data.contact_sheet import draw_grid
     from sixfold_data.index import read_manifest
-    from sixfold_data.inspect import draw_grid, read_pictures, read_text, summarise
+    from sixfold_data.inspect import read_pictures, read_texts, summarise
     from sixfold_data.store import open_store
 
     store = open_store(source)
@@ -205,22 +211,29 @@ def inspect(
     summary = summarise(store, manifest)
     if manifest.kind == "text" and out is not None:
         raise DataError.of("a text data set has no pictures to write", where="--out", fix="leave --out away")
-    if as_json:
-        _print_json(summary)
-    else:
+    if not as_json:
         print_summary(summary)
     if manifest.kind == "text":
-        if not as_json:
-            key, text = read_text(store, manifest, split, characters)
-            typer.echo(f"\n{split}, {key}:\n{text}")
+        excerpts = read_texts(store, manifest, split, count or DOCUMENTS_SHOWN, characters)
+        if as_json:
+            _print_inspected(summary, split, [dataclasses.asdict(excerpt) for excerpt in excerpts])
+        else:
+            print_texts(split, excerpts)
         return
-    pictures = read_pictures(store, manifest, split, count)
-    if not as_json:
-        print_pictures(pictures, columns)
+    pictures = read_pictures(store, manifest, split, count or PICTURES_SHOWN)
     if out is not None:
         draw_grid(pictures, columns).save(out, "PNG")
-        if not as_json:
-            typer.echo(f"wrote {len(pictures)} pictures to {out}")
+    if as_json:
+        _print_inspected(summary, split, [{"key": picture.key, "caption": picture.caption} for picture in pictures])
+        return
+    print_pictures(pictures, columns)
+    print_captions(pictures)
+    if out is not None:
+        typer.echo(f"wrote {len(pictures)} pictures to {out}")
+
+
+def _print_inspected(summary: Summary, split: str, shown: list[dict[str, Any]]) -> None:
+    typer.echo(json.dumps(dataclasses.asdict(summary) | {"shown": {"split": split, "samples": shown}}, indent=2))
 
 
 def verify(source: SourceArgument, as_json: JsonOption = False) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import typer
+
 from sixfold.cli.screen import output_console, print_table
 
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from sixfold_data.inspect import Picture, Summary
+    from sixfold_data.inspect import Excerpt, Picture, Summary
 
 CLASSES_SHOWN = 20
 HISTOGRAM_WIDTH = 40
@@ -58,7 +60,7 @@ def print_pictures(pictures: Sequence[Picture], columns: int) -> None:
     """Print pictures in colour, two pixels a character, as many in a row as fit; nothing where there is no terminal."""
     from PIL import Image
 
-    from sixfold_data.inspect import fit
+    from sixfold_data.contact_sheet import fit
 
     console = output_console()
     if not console.is_terminal:
@@ -70,6 +72,20 @@ def print_pictures(pictures: Sequence[Picture], columns: int) -> None:
         row = pictures[first : first + in_row]
         console.print(_picture_row([fit(Image.fromarray(p.pixels), width) for p in row], width))
         console.print(" ".join(picture.title[:width].ljust(width) for picture in row))
+
+
+def print_captions(pictures: Sequence[Picture]) -> None:
+    """List the pictures by key with what each shows; nothing where they show nothing that is known."""
+    if any(picture.caption is not None for picture in pictures):
+        output_console().print()
+        rows = [[picture.key, "-" if picture.caption is None else picture.caption] for picture in pictures]
+        print_table(None, ["key", "shows"], rows)
+
+
+def print_texts(split: str, excerpts: Sequence[Excerpt]) -> None:
+    """Print the beginnings of documents, each below its key."""
+    for excerpt in excerpts:
+        typer.echo(f"\n{split}, {excerpt.key}:\n{excerpt.text}")
 
 
 def _picture_row(images: Sequence[object], width: int) -> Text:
