@@ -1,10 +1,15 @@
 """A run of one rank, started by the real command, trains on every engine without a word from a group's environment."""
 
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from sixfold.tracking.environment import git_state
+from sixfold.tracking.events import read_metrics
 
 SETTINGS = ["train.steps=2", "data.global_batch=8", "networks.denoiser.depth=1", "networks.denoiser.width=32"]
 WITHOUT = ["evaluation=null", "sampling=null", "tracking.type=jsonl"]
@@ -24,3 +29,13 @@ def test_one_rank_trains(engine, demo_data, tmp_path):
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert (tmp_path / "run/checkpoints/step_00000002/MANIFEST.json").exists()
+    assert_complete_by_itself(tmp_path / "run")
+
+
+def assert_complete_by_itself(run):
+    """Whatever mirrors it, a run folder says what the run was made from, with and on."""
+    environment = json.loads((run / "environment.json").read_text())["attempts"]["1"]
+    assert environment["git"]["commit"] == git_state(Path(__file__).parent).commit
+    assert environment["packages"]["torch"]
+    assert environment["host"]
+    assert {"train/loss", "system/memory_percent"} <= read_metrics(run).keys()

@@ -13,12 +13,12 @@ import pytest
 
 import tracked_run
 from sixfold.errors import EnvironmentFault, UserError
-from sixfold.tracking.config import JsonlConfig
+from sixfold.tracking.config import JsonlConfig, MLflowConfig
 from sixfold.tracking.events import EventLog, read_events, read_metrics
 from sixfold.tracking.mlflow import newest_runs
 from sixfold.tracking.server import MLflowServer
 from sixfold.tracking.settings import FOLDER
-from sixfold.tracking.system import SystemSampler
+from sixfold.tracking.system import SystemSampler, sampling
 from sixfold.tracking.tracker import open_tracker, replay
 from tracked_run import RECIPE, Stored, assert_complete, train
 
@@ -189,3 +189,12 @@ def test_system_metrics_are_logged_once_a_step(tmp_path):
     metrics = read_metrics(tmp_path)
     assert list(metrics["system/memory_percent"]) == [1]
     assert 0 < metrics["system/process_memory_mib"][1] < metrics["system/memory_used_mib"][1] * 10
+
+
+@pytest.mark.parametrize("config", [JsonlConfig, MLflowConfig])
+def test_system_metrics_are_sampled_whatever_mirrors_the_log(tmp_path, config):
+    for wanted in (True, False):
+        log = EventLog(tmp_path / str(wanted))
+        with sampling(config(system_metrics=wanted, system_metrics_interval_s=0.5), log):
+            log.metrics(step=1, samples=8, values={"train/loss": 1.0})
+        assert ("system/cpu_percent" in read_metrics(log.run_dir)) == wanted

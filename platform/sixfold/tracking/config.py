@@ -11,7 +11,18 @@ from sixfold.config.base import Component
 _URI_SCHEMES = ("sqlite:///", "http://", "https://", "postgresql", "mysql", "mssql", "databricks")
 
 
-class MLflowConfig(Component):
+class _TrackingSettings(Component):
+    """What the event log holds, however it is mirrored."""
+
+    system_metrics: bool = Field(
+        default=True, description="Sample CPU, memory, disk, network and GPU use into system/* while training."
+    )
+    system_metrics_interval_s: float = Field(
+        default=10.0, ge=0.5, le=3600.0, description="Seconds between two samples of the system metrics."
+    )
+
+
+class MLflowConfig(_TrackingSettings):
     """Mirror the run in MLflow: metrics, parameters, sample grids, texts, and where the model lies."""
 
     implementation: ClassVar[str] = "sixfold.tracking.tracker:MLflowTracker"
@@ -29,12 +40,6 @@ class MLflowConfig(Component):
         default=None, min_length=1, max_length=250, description="Name shown for the run; by default its run id."
     )
     tags: dict[str, str] = Field(default_factory=dict, description="Further tags of the MLflow run.")
-    system_metrics: bool = Field(
-        default=True, description="Sample CPU, memory, disk, network and GPU use into system/* while training."
-    )
-    system_metrics_interval_s: float = Field(
-        default=10.0, ge=0.5, le=3600.0, description="Seconds between two samples of the system metrics."
-    )
     close_timeout_s: float = Field(
         default=30.0,
         ge=0.0,
@@ -53,7 +58,7 @@ class MLflowConfig(Component):
         )
 
 
-class JsonlConfig(Component):
+class JsonlConfig(_TrackingSettings):
     """Keep the run folder's event log only; needs no MLflow."""
 
     implementation: ClassVar[str] = "sixfold.tracking.tracker:NoTracker"

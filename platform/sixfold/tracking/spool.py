@@ -12,7 +12,6 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol, TextIO
 
@@ -100,13 +99,12 @@ class Spool:
 class SpoolThread(threading.Thread):
     """Pumps a spool until stopped. Nothing raised in here reaches training: failures are counted and told once."""
 
-    def __init__(self, spool: Spool, mirror: Mirror, *, sampler: Callable[[], None] | None = None) -> None:
+    def __init__(self, spool: Spool, mirror: Mirror) -> None:
         super().__init__(name="sixfold-tracking", daemon=True)
         self.failures = 0
         self.drained = False
         self._spool = spool
         self._mirror = mirror
-        self._sampler = sampler
         self._closing = threading.Event()
         self._deadline_s = math.inf
 
@@ -114,8 +112,6 @@ class SpoolThread(threading.Thread):
         """Send until stopped and drained, or until the deadline has passed."""
         wait_s, next_try_s = POLL_S, 0.0
         while not self.drained and time.monotonic() < self._deadline_s:
-            if not self._closing.is_set():
-                self._sample()
             if time.monotonic() < next_try_s and not self._closing.is_set():
                 self._closing.wait(POLL_S)
                 continue
@@ -140,14 +136,6 @@ class SpoolThread(threading.Thread):
         self._closing.set()
         self.join(timeout_s)
         return self.drained
-
-    def _sample(self) -> None:
-        try:
-            if self._sampler is not None:
-                self._sampler()
-        except Exception as error:  # a broken sensor costs its own values, not training and not the other metrics
-            self._sampler = None
-            logger.warning("system metrics are off: %s", error)
 
     def _tell(self, error: Exception) -> None:
         self.failures += 1

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]  # it ships no types
 
+from sixfold.tracking.config import JsonlConfig, MLflowConfig
 from sixfold.tracking.events import EventLog
 
 MEBIBYTE = 1 << 20
+_POLL_S = 0.5
+
+logger = logging.getLogger("sixfold.tracking")
 
 
 class SystemMetrics:
@@ -57,8 +65,33 @@ class SystemMetrics:
         return values
 
 
+@contextmanager
+def sampling(config: MLflowConfig | JsonlConfig, log: EventLog) -> Iterator[None]:
+    """Sample into the log from a thread of its own, as the recipe's ``tracking`` says; whatever mirrors the log."""
+    if not config.system_metrics:
+        yield
+        return
+    sampler, ended = SystemSampler(log, interval_s=config.system_metrics_interval_s), threading.Event()
+
+    def run() -> None:
+        try:
+            while not ended.wait(_POLL_S):
+                sampler()
+            sampler()  # a run that was shorter than that
+        except Exception as error:  # a broken sensor costs its own values, not training and not the other metrics
+            logger.warning("system metrics are off: %s", error)
+
+    thread = threading.Thread(target=run, name="sixfold-system-metrics", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
 class SystemSampler:
-    """Writes system metrics into the event log at an interval, at most once a step; they are spooled as all others."""
+    """Writes system metrics into the event log at an interval, at most once a step."""
 
     def __init__(self, log: EventLog, *, interval_s: float) -> None:
         self._log = log

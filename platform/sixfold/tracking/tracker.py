@@ -17,7 +17,6 @@ from sixfold.tracking.mlflow import MLflowMirror, quieten
 from sixfold.tracking.names import flatten
 from sixfold.tracking.settings import MirrorSettings, absolute_uri
 from sixfold.tracking.spool import RETRY_WHEN_CLOSING_S, Spool, SpoolThread, logger
-from sixfold.tracking.system import SystemSampler
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +88,7 @@ class MLflowTracker:
         settings.write(log.run_dir)
         self._close_timeout_s = config.close_timeout_s
         self._mirror = MLflowMirror(log.run_dir, settings)
-        sampler = SystemSampler(log, interval_s=config.system_metrics_interval_s) if config.system_metrics else None
-        self._thread = SpoolThread(Spool(log.run_dir, self._mirror), self._mirror, sampler=sampler)
+        self._thread = SpoolThread(Spool(log.run_dir, self._mirror), self._mirror)
         self._thread.start()
 
     @property

@@ -8,11 +8,12 @@ import os
 import secrets
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from sixfold.errors import RecipeError, UserError
 from sixfold.recipe.recipe import Recipe
@@ -57,10 +58,23 @@ class RunFolder:
         return self.path / "quarantine.jsonl"
 
     @property
+    def environment(self) -> Path:
+        """What each attempt was made with: code, versions, host."""
+        return self.path / "environment.json"
+
+    @property
     def run_id(self) -> str:
         """The run's identity, kept over restarts."""
         record: dict[str, str] = json.loads((self.path / "run.json").read_text())
         return record["run_id"]
+
+    def record_environment(self, attempt: int, environment: Mapping[str, Any]) -> None:
+        """Add what an attempt (from 1) is made with to those before it."""
+        attempts: dict[str, Any] = {}
+        if self.environment.exists():
+            attempts = json.loads(self.environment.read_text())["attempts"]
+        attempts[str(attempt)] = environment
+        write_atomically(self.environment, json.dumps({"attempts": attempts}, indent=1) + "\n")
 
     def leave_error(self, rank: int, text: str) -> None:
         """Leave the error a rank ends with for whoever started it."""

@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from sixfold.recipe.load import load_recipe
 from sixfold.recipe.recipe import Recipe
 from sixfold.tracking.environment import collect_environment
 from sixfold.tracking.events import EventLog, Status
+from sixfold.tracking.system import sampling
 from sixfold.tracking.tracker import open_tracker
 from sixfold.train.assembly import assemble, open_checkpointer, open_snapshots, open_stream, progress_at
 from sixfold.train.display import Display, open_display
@@ -140,14 +141,15 @@ class Job:
             yield None, display
             return
         events = EventLog(self.folder.path)
-        events.begin(step=start_step)
+        environment = collect_environment()
+        self.folder.record_environment(events.begin(step=start_step), environment.as_dict())
         tracker = open_tracker(
             recipe.tracking,
             events,
             run_id=self.folder.run_id,
             recipe_name=recipe.name,
             params=recipe.model_dump(mode="json"),
-            tags=collect_environment().as_tags(),
+            tags=environment.as_tags(),
             recipe_path=self.folder.recipe,
         )
         try:
@@ -163,7 +165,8 @@ class Job:
     ) -> Status:
         """Train; when the budget of skipped steps is spent, go back once to the last good checkpoint, then give up."""
         hooks, checkpoint = self._hooks(events, display)
-        with detector.during_steps(self.recipe.train.hang_after_s, after=self.training.progress.step):
+        sampler = nullcontext() if events is None else sampling(self.recipe.tracking, events)
+        with sampler, detector.during_steps(self.recipe.train.hang_after_s, after=self.training.progress.step):
             return self._train([*hooks, detector], checkpoint, events, display, stop_requested)
 
     def _train(
