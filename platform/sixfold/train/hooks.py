@@ -45,7 +45,6 @@ class Log:
     tokens_per_sample: int | None
     training_flops_per_sample: float
     peak_flops_per_second: float
-    skips: int = 0
     checkpoints: int = 0
     _seconds: float = 0.0
     _rank_seconds: list[float] = field(default_factory=list)
@@ -67,16 +66,15 @@ class Log:
         self._seconds += record.seconds
         self._rank_seconds = [a + b for a, b in zip_longest(self._rank_seconds, record.rank_seconds, fillvalue=0.0)]
         self._steps += 1
-        if record.skipped:
-            self.skips += 1
-            if self.events is not None:
-                self.events.skipped(step=step, reason="non-finite loss or gradient")
+        if record.skipped and self.events is not None:
+            self.events.skipped(step=step, reason="non-finite loss or gradient")
         if due(step, self.every_steps, record.progress.total_steps) or record.stop_requested:
             performance = self._performance(training)
             values = self._training_metrics(record) | performance | self._pending
+            values["train/skipped_steps"] = float(training.skips)
             self._seconds, self._rank_seconds, self._steps, self._pending = 0.0, [], 0, {}
             self.write(record.progress, values)
-            self.display.update(step=step, values=values, skips=self.skips, checkpoints=self.checkpoints)
+            self.display.update(step=step, values=values, skips=training.skips, checkpoints=self.checkpoints)
 
     def _training_metrics(self, record: StepRecord) -> dict[str, float]:
         values = {f"train/{name}": value for name, value in record.metrics.items()}
@@ -84,7 +82,6 @@ class Log:
             prefix = "train/" if phase == "main" else f"train/{phase}/"
             values[f"{prefix}grad_norm"] = report.grad_norm
             values[f"{prefix}learning_rate"] = report.learning_rate
-        values["train/skipped_steps"] = float(self.skips)
         return values
 
     def _performance(self, training: Training) -> dict[str, float]:
@@ -166,7 +163,7 @@ class Checkpoint:
         ending = record.stop_requested or progress.step == progress.total_steps
         if ending or (due(progress.step, self.every_steps, progress.total_steps) and not record.skipped):
             states = {role: part.checkpoint_state() for role, part in training.saved.items()}
-            extra = SavedExtra(samples=progress.samples, data=training.stream.state())
+            extra = SavedExtra.of(training)
             report = self.checkpointer.save(progress.step, states, extra.model_dump(mode="json"))
             self.log.add({"ckpt/stall_s": report.stall_s})
             self.take_snapshot(training)
@@ -188,7 +185,19 @@ class Checkpoint:
 
 
 class SavedExtra(Config):
-    """What a checkpoint holds besides tensors: samples consumed, and the data state that fixes their order."""
+    """What a checkpoint holds besides tensors: progress, and the data state that fixes the samples' order."""
 
     samples: int = Field(ge=0, description="Samples consumed.")
+    skips: int = Field(default=0, ge=0, description="Steps skipped so far.")
+    consecutive_skips: int = Field(default=0, ge=0, description="Steps skipped since the last one that was not.")
     data: dict[str, int | str] = Field(description="The stream's state.")
+
+    @classmethod
+    def of(cls, training: Training) -> SavedExtra:
+        """What must be saved of a training between two steps."""
+        return cls(
+            samples=training.progress.samples,
+            skips=training.skips,
+            consecutive_skips=training.consecutive_skips,
+            data=training.stream.state(),
+        )

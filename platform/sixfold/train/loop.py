@@ -27,7 +27,7 @@ from sixfold_data.stream import TrainStream
 
 @dataclass(kw_only=True)
 class Training:
-    """All state of a run on this rank; what must survive a restart is in ``progress``, ``engines`` and the stream."""
+    """All state of a run on this rank; ``progress``, the skips, engines and the stream must survive a restart."""
 
     objective: Objective
     engines: Mapping[str, Engine]
@@ -42,7 +42,8 @@ class Training:
     max_consecutive_skips: int
     rank: int = 0
     ranks: int = 1
-    consecutive_skips: int = 0
+    skips: int = 0  # steps skipped so far
+    consecutive_skips: int = 0  # those since the last step that was not
     step_started: float = 0.0
     own_s: float | None = None  # seconds of this step before the first loss: the batch, and forward
 
@@ -167,11 +168,12 @@ def train_step(training: Training, batch: Batch, stop_requested: bool = False) -
 
 
 def enforce_skip_budget(training: Training, record: StepRecord) -> None:
-    """Count consecutive skipped steps and end training when the recipe's budget is spent.
+    """Count skipped steps and end training when the recipe's budget of consecutive ones is spent.
 
     Raises:
         TrainingError: more than ``train.max_consecutive_skips`` steps in a row were non-finite.
     """
+    training.skips += record.skipped
     training.consecutive_skips = training.consecutive_skips + 1 if record.skipped else 0
     if training.consecutive_skips > training.max_consecutive_skips:
         raise TrainingError.of(

@@ -107,14 +107,14 @@ class Job:
     checkpointer: Checkpointer
     snapshots: Checkpointer | None = None
 
-    def restore(self, note: Callable[[str], None]) -> bool:
+    def restore(self, note: Callable[[str], None], *, later_than: int = -1) -> bool:
         """Take over the newest checkpoint that verifies; ``note`` hears which, and why newer ones were passed over.
 
         Returns:
-            Whether there was one.
+            Whether there was one of a step after ``later_than``.
         """
         candidate = self.checkpointer.newest_verified(note)
-        if candidate is None:
+        if candidate is None or candidate.step <= later_than:
             return False
         parts = self.training.saved
         templates = {role: part.checkpoint_template() for role, part in parts.items()}
@@ -127,6 +127,7 @@ class Job:
         samples = saved.samples
         self.training.stream = open_stream(self.recipe, self.world, samples=samples, quarantine=self.folder.quarantine)
         self.training.progress = progress_at(self.recipe, samples)
+        self.training.skips, self.training.consecutive_skips = saved.skips, saved.consecutive_skips
         note(f"resumed after step {self.training.progress.step} from {candidate.uri}")
         return True
 
@@ -163,7 +164,10 @@ class Job:
     def train(
         self, events: EventLog | None, display: Display, stop_requested: Callable[[], bool], detector: HangDetector
     ) -> Status:
-        """Train; when the budget of skipped steps is spent, go back once to the last good checkpoint, then give up."""
+        """Train; when the budget of skipped steps is spent, go back to the last good checkpoint.
+
+        Give up when no later one was saved since the last time: what spent the budget is no accident then.
+        """
         hooks, checkpoint = self._hooks(events, display)
         sampler = nullcontext() if events is None else sampling(self.recipe.tracking, events)
         with sampler, detector.during_steps(self.recipe.train.hang_after_s, after=self.training.progress.step):
@@ -177,18 +181,18 @@ class Job:
         display: Display,
         stop_requested: Callable[[], bool],
     ) -> Status:
-        rolled_back = False
+        gone_back_to = -1
         while True:
             try:
                 complete = train(self.training, hooks, stop_requested)
             except TrainingError:
                 spent_at = self.training.progress.step
-                if rolled_back or not self.restore(display.note):
+                if not self.restore(display.note, later_than=gone_back_to):
                     raise
-                rolled_back = True
+                gone_back_to = self.training.progress.step
                 self.training.consecutive_skips = 0
                 if events is not None:
-                    events.rolled_back(from_step=spent_at, to_step=self.training.progress.step)
+                    events.rolled_back(from_step=spent_at, to_step=gone_back_to)
                 continue
             self.checkpointer.wait()
             if self.snapshots is not None:
