@@ -8,6 +8,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch._guards import active_fake_mode
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -37,6 +38,8 @@ class FSDPEngine(TorchEngine):
         network.to_empty(device=specification.world.device)
         initialize_shards(network, tags, seed=specification.seed, role=specification.role)
         _fix_gradient_dtypes(network)
+        if active_fake_mode() is not None:
+            _gather_once(network)
         optimizer = build_optimizer(specification.optimizer, dict(network.named_parameters()), tags)
         super().__init__(specification, network, network, optimizer)
 
@@ -60,6 +63,14 @@ def forget_gathered(network: nn.Module) -> None:
     """Free gathered copies of parameters: what a forward without a backward left would not see its shards change."""
     for part in network.modules():
         if isinstance(part, FSDPModule):
+            part.reshard()
+
+
+def _gather_once(network: nn.Module) -> None:
+    """Have FSDP make its unsharded parameters: of fake tensors it could not within a forward-mode derivative."""
+    for part in network.modules():
+        if isinstance(part, FSDPModule):
+            part.unshard()
             part.reshard()
 
 

@@ -16,6 +16,9 @@ from torch import Tensor
 
 from sixfold.paths.config import EDMPathConfig, RectifiedFlowConfig, VEConfig, VPCosineConfig, VPLinearConfig
 
+_RHO = 7.0
+"""EDM's curvature of noise levels."""
+
 
 class Coefficients(NamedTuple):
     """The path at given times: x_t = alpha x0 + sigma e and dx_t/dt = alpha_rate x0 + sigma_rate e."""
@@ -54,6 +57,10 @@ class AffinePath(ABC):
         The ratio is given as a pair because it is infinite where no signal is left.
         """
         return self._time_at(alpha, sigma).clamp(self.time_data, self.time_noise)
+
+    def time_at_fraction(self, fraction: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """Return the time that lies a fraction of the way from data to noise, as far as denoising it is concerned."""
+        return self.time_data + (self.time_noise - self.time_data) * fraction
 
     def shift(self, time: Float[Tensor, "..."], factor: float) -> Float[Tensor, "..."]:
         """Multiply the noise-to-signal ratio by ``factor``.
@@ -152,6 +159,12 @@ class EDM(AffinePath):
         """alpha = 1, sigma = t."""
         one = torch.ones_like(time)
         return Coefficients(one, time, torch.zeros_like(time), one)
+
+    def time_at_fraction(self, fraction: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """Evenly in the seventh root (eq. 5): nearly all of the interval itself is noise that hides everything."""
+        low, high = (end ** (1.0 / _RHO) for end in (self.time_data, self.time_noise))
+        time: Tensor = (low + (high - low) * fraction) ** _RHO
+        return time.clamp(self.time_data, self.time_noise)
 
     def _time_at(self, alpha: Float[Tensor, "..."], sigma: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         return sigma / alpha

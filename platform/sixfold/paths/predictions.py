@@ -20,6 +20,14 @@ Quantity = Prediction | Literal["score"]
 """A prediction, or the score of p(x_t), -e / sigma: something to convert to, too singular to train on."""
 
 
+LARGEST_RATIO_FOR_NOISE = 150.0
+"""Noise-to-signal ratio at which a predicted noise is asked at most (VP's own at t=1): where there is nothing but noise
+it tells nothing of the data."""
+
+_SEEN_RATIOS = (1e-4, 1e4)
+"""Noise-to-signal ratios between which EDM's networks are told the logarithm: at the ends of a path it is infinite."""
+
+
 class Endpoints(NamedTuple):
     """Estimates of both ends of the path that a noisy x lies on."""
 
@@ -118,4 +126,4 @@ def network_input(
         return x, time
     wide = at.broadcast(x)
     c_in = torch.rsqrt(wide.sigma**2 + (wide.alpha * data_std) ** 2)
-    return c_in * x, 0.25 * torch.log(at.sigma / at.alpha)
+    return c_in * x, 0.25 * torch.log((at.sigma / at.alpha).clamp(*_SEEN_RATIOS))

@@ -39,4 +39,4 @@ def time_at_quantile(config: TimeConfig, path: AffinePath, quantile: Float[Tenso
             fraction = quantile - config.scale * (torch.sin(0.5 * math.pi * quantile) ** 2 - quantile)
         case _:
             assert_never(config)
-    return path.shift(path.time_data + (path.time_noise - path.time_data) * fraction, config.shift)
+    return path.shift(path.time_at_fraction(fraction), config.shift)

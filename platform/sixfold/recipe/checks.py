@@ -14,6 +14,7 @@ from sixfold.errors import Fault, RecipeError
 from sixfold.evaluation.config import metric_types
 from sixfold.models.text_encoder.config import ByteTextEncoderConfig
 from sixfold.objectives.denoising.config import DenoisingConfig
+from sixfold.objectives.distillation.settings import FewStepSettings
 from sixfold.recipe.recipe import NetworkConfig, Recipe
 
 
@@ -91,6 +92,30 @@ def _micro_batches_divide(checked: _Checked, rank_batch: int) -> Iterator[Fault]
             at=key,
             allowed=f"a divisor of {rank_batch}",
             fix=f"set {key}={smaller}",
+        )
+
+
+def _discriminators_see_several(checked: _Checked) -> Iterator[Fault]:
+    """Heads that are taught by one sample a device collapse onto few modes (ADD's and LADD's experience)."""
+    recipe, role = checked.recipe, "discriminator"
+    if not isinstance(recipe.objective, FewStepSettings) or role not in recipe.objective.trains:
+        return
+    rank_batch = recipe.data.global_batch // (checked.world_size or 1)
+    if rank_batch < 2:
+        yield checked.fault(
+            f"{checked.say('data.global_batch')} on {checked.world_size or 1} ranks: the discriminator would see one "
+            "sample on each, and the student collapse",
+            at="data.global_batch",
+            allowed="two samples a rank and more",
+            fix=f"set data.global_batch={2 * (checked.world_size or 1)}, or run on fewer ranks",
+        )
+    elif recipe.engine_of(role).micro_batch == 1:
+        key = f"{checked.role_key(role, 'engine')}.micro_batch"
+        yield checked.fault(
+            f"{checked.say(key)}: the discriminator would see one sample at a time, and the student collapse",
+            at=key,
+            allowed="2 and more",
+            fix=f"set {key}=2",
         )
 
 
@@ -345,6 +370,7 @@ def _next_multiple(value: int, of: int) -> int:
 
 _CHECKS: tuple[Callable[[_Checked], Iterator[Fault]], ...] = (
     _batches_divide,
+    _discriminators_see_several,
     _coupling_groups_divide,
     _data_fit,
     _networks_exist,

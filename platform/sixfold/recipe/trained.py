@@ -95,14 +95,16 @@ def _take(key: str, network: TrainedConfig, source: Recipe, run: Path | None) ->
             allowed=", ".join(source.objective.role_names),
             fix="name one of these, or leave it out",
         )
-    architecture = _architecture(key, source, role)
+    networks = resolve_networks(source, planning=True)
+    latents_of = source.objective.latents_of
     return TrainedNetwork(
-        architecture=architecture,
-        objective=source.objective.as_trained(resolve_networks(source, planning=True)),
+        architecture=_architecture(key, source, role),
+        objective=source.objective.as_trained(networks),
         run=run,
         role=role,
         averaged=network.averaged and source.train.ema is not None,
         step=network.step,
+        codec=None if latents_of is None else networks[latents_of],
     )
 
 

@@ -9,19 +9,19 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from sixfold.paths.affine import AffinePath
+from sixfold.paths.predictions import LARGEST_RATIO_FOR_NOISE
 from sixfold.samplers.config import EDMGridConfig, GridConfig, UniformGridConfig
-
-_LARGEST_RATIO = 150.0
-"""Where sampling starts that needs a trace of the data (VP's own noise-to-signal ratio at t=1): predicted noise tells
-nothing of the data where there is nothing but noise, and a reverse SDE drifts infinitely fast there."""
 
 
 def first_time(path: AffinePath, *, needs_signal: bool) -> Float64[Tensor, ""]:
-    """Return where sampling starts: at the path's noisy end, or where a trace of signal is left."""
+    """Return where sampling starts: at the path's noisy end, or where a trace of signal is left.
+
+    Predicted noise needs one, and so does a reverse SDE, which drifts infinitely fast where there is none.
+    """
     start = torch.tensor(path.time_noise, dtype=torch.float64)
     if not needs_signal:
         return start
-    limit = torch.tensor(_LARGEST_RATIO, dtype=torch.float64)
+    limit = torch.tensor(LARGEST_RATIO_FOR_NOISE, dtype=torch.float64)
     return path.time_at(torch.ones_like(limit), limit)
 
 

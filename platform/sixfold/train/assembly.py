@@ -14,7 +14,7 @@ from sixfold.models.trained.network import TrainedNetwork
 from sixfold.objectives.contract import Objective, Progress
 from sixfold.recipe.recipe import Recipe
 from sixfold.recipe.trained import resolve_networks
-from sixfold.train.codec_identity import check_codec
+from sixfold.train.codec_identity import check_codec, check_teachers
 from sixfold.train.loop import Training
 from sixfold.train.roles import build_roles, checkpoint_of, tracked_roles
 from sixfold_data.describe import describe
@@ -35,6 +35,7 @@ def assemble(recipe: Recipe, world: World, *, quarantine: Path | None = None, ca
     """
     networks = resolve_networks(recipe)
     check_codec(recipe, networks, describe(recipe.data))
+    check_teachers(recipe, networks)
     objective: Objective = recipe.objective.load()(recipe.objective, networks)
     parts = build_roles(recipe, objective, networks, world, cache=cache)
     local_batch = recipe.data.global_batch // world.size

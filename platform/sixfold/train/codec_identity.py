@@ -11,7 +11,7 @@ from torch import Tensor
 from sixfold.errors import RecipeError
 from sixfold.models.trained.network import NetworksConfig, TrainedNetwork
 from sixfold.recipe.recipe import Recipe
-from sixfold.train.roles import read_trained
+from sixfold.train.roles import checkpoint_of, read_trained
 from sixfold_data.describe import DataInfo
 
 
@@ -23,6 +23,46 @@ def codec_hash(weights: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def check_teachers(recipe: Recipe, networks: NetworksConfig) -> None:
+    """Check that denoisers of other runs speak of the same latents as this one; a run that is only planned has none.
+
+    Raises:
+        RecipeError: one was trained on latents and this run is not, or the other way round; or on another codec's.
+    """
+    own_name = recipe.objective.latents_of
+    own = None if own_name is None else networks[own_name]
+    for name, capability in recipe.objective.needs.items():
+        network = networks[name]
+        if capability != "denoiser" or not isinstance(network, TrainedNetwork):
+            continue
+        if (network.codec is None) != (own is None):
+            raise RecipeError.of(
+                f"networks.{name} was trained on latents, and objective.codec names no codec"
+                if own is None
+                else f"networks.{name} was trained on images, and this run is on latents of networks.{own_name}",
+                where=f"networks.{name}",
+                fix="add networks.codec: {type: trained, run: <the codec's run>} and objective.codec: codec"
+                if own is None
+                else "name a run that was trained on latents of the same codec",
+            )
+        if isinstance(own, TrainedNetwork) and isinstance(network.codec, TrainedNetwork):
+            _check_same_codec(f"networks.{name}", network.codec, f"networks.{own_name}", own)
+
+
+def _check_same_codec(key: str, theirs: TrainedNetwork, own_key: str, own: TrainedNetwork) -> None:
+    if own.run is None or theirs.run is None or checkpoint_of(own).uri == checkpoint_of(theirs).uri:
+        return
+    found, expected = codec_hash(read_trained(theirs)), codec_hash(read_trained(own))
+    if found != expected:
+        raise RecipeError.of(
+            f"{key} was trained on latents of codec {found[:16]} ({theirs.run}), {own_key} is {expected[:16]}: "
+            "it knows another latent space",
+            where=key,
+            allowed=f"a run on latents of {own.run}",
+            fix=f"name such a run, or encode the data with the codec of {theirs.run} and name it under {own_key}.run",
+        )
 
 
 def check_codec(recipe: Recipe, networks: NetworksConfig, info: DataInfo) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from sixfold.errors import Fault, RecipeError
-from sixfold.models.trained.network import architecture_of
+from sixfold.errors import Fault, RecipeError, SixfoldError
+from sixfold.models.trained.network import TrainedNetwork, architecture_of
 from sixfold.recipe.recipe import Recipe
-from sixfold.recipe.trained import resolve_networks
-from sixfold_data.describe import DataInfo
+from sixfold.recipe.trained import load_source, resolve_networks
+from sixfold_data.describe import DataInfo, describe
 
 
 @runtime_checkable
@@ -70,6 +71,7 @@ def check_data_fits(recipe: Recipe, info: DataInfo) -> None:
             faults += _image_faults(name, network, info)
         if isinstance(network, TakesTokens):
             faults += _text_faults(name, network, info)
+        faults += _class_faults(name, networks[name], info)
     if faults:
         raise RecipeError(*faults)
 
@@ -115,6 +117,34 @@ def _image_faults(name: str, network: TakesImages, info: DataInfo) -> Iterator[F
     if classes not in (0, len(info.classes)):
         key = f"networks.{name}.classes"
         yield _fault(key, classes, f"{len(info.classes)} classes", f"set {key}={len(info.classes)}")
+
+
+def _class_faults(name: str, network: object, info: DataInfo) -> Iterator[Fault]:
+    """A network of another run knows classes by number: they must be the same classes in the same order."""
+    if (
+        not isinstance(network, TrainedNetwork)
+        or network.run is None
+        or not getattr(network.architecture, "classes", 0)
+    ):
+        return
+    known = _classes_of(network.run)
+    differing = [number for number, pair in enumerate(zip(known, info.classes, strict=False)) if len(set(pair)) > 1]
+    if differing:
+        first = differing[0]
+        yield Fault(
+            what=f"networks.{name} was trained on other classes: number {first} is {known[first]!r} to it, "
+            f"and {info.classes[first]!r} in this data set ({len(differing)} of {len(known)} differ)",
+            where=f"networks.{name}",
+            fix="name a run on the same classes, or build this data set with those of that run",
+        )
+
+
+def _classes_of(run: Path) -> tuple[str, ...]:
+    """The names of the classes in a run's data; none where they are not there any more."""
+    try:
+        return describe(load_source(str(run / "recipe.yaml"), "networks").data).classes
+    except SixfoldError:
+        return ()
 
 
 def _bucket_faults(name: str, network: TakesImages, buckets: Sequence[tuple[int, int]]) -> Iterator[Fault]:

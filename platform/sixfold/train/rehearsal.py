@@ -15,6 +15,7 @@ from sixfold.objectives.contract import Batch, Objective, Phase, Progress
 from sixfold.recipe.checks import check_recipe
 from sixfold.recipe.recipe import Recipe
 from sixfold.recipe.trained import resolve_networks
+from sixfold.train.codec_identity import check_teachers
 from sixfold.train.roles import names_of, settings_of
 
 _EAGER_CHECKPOINTING = {"budget": {"activation_checkpointing": "full", "activation_memory_budget": None}}
@@ -32,6 +33,7 @@ def rehearse_recipe(recipe: Recipe, world_size: int) -> dict[str, Rehearsal]:
     """
     check_recipe(recipe, world_size)
     networks = resolve_networks(recipe, planning=True)
+    check_teachers(recipe, networks)
     objective: Objective = recipe.objective.load()(recipe.objective, networks)
     trainable = names_of(objective, "trainable")
     trained = {role: _rehearse_role(recipe, objective, networks, role, world_size) for role in trainable}

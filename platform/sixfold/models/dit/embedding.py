@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Float, Int64
@@ -84,6 +85,23 @@ class TimeEmbedding(nn.Module):
         """Embed times in [0, 1]."""
         waves = sinusoids(time.float() * self.scale, self.frequencies).to(self.inner.weight.dtype)
         embedded: Tensor = self.outer(nn.functional.silu(self.inner(waves)))
+        return embedded
+
+
+class ScalarEmbeddings(nn.ModuleDict):
+    """Numbers that a network is told besides the time, embedded alike; they begin by adding nothing."""
+
+    def __init__(self, names: Sequence[str], width: int, *, frequencies: int, scale: float) -> None:
+        super().__init__(
+            {name: TimeEmbedding(width, frequencies=frequencies, scale=scale, silent=True) for name in names}
+        )
+
+    def forward(
+        self, embedded: Float[Tensor, "n width"], time: Float[Tensor, "n"], condition: Mapping[str, Tensor]
+    ) -> Float[Tensor, "n width"]:
+        """Add the embedding of each number ``[n]`` in ``condition``, 0 where it is left out, to that of the time."""
+        for name, scalar in self.items():
+            embedded = embedded + scalar(condition.get(name, torch.zeros_like(time)))
         return embedded
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, layer_norm, scaled_dot_product_attention, silu
 
 from sixfold.models.dit.config import DiTConfig
-from sixfold.models.dit.embedding import LabelEmbedding, PatchEmbedding, TimeEmbedding, unpatchify
+from sixfold.models.dit.embedding import LabelEmbedding, PatchEmbedding, ScalarEmbeddings, TimeEmbedding, unpatchify
 from sixfold.models.network import ZERO_MATRIX, Linear, Network, xavier_uniform
 from sixfold.models.normalization import RMSNorm
 from sixfold.models.precision import compute_dtype
@@ -100,13 +100,8 @@ class DiT(Network):
         self.config = config
         self.patches = PatchEmbedding(config)
         self.time = TimeEmbedding(config.width, frequencies=config.time_frequencies, scale=config.time_scale)
-        self.scalars = nn.ModuleDict(
-            {
-                name: TimeEmbedding(
-                    config.width, frequencies=config.time_frequencies, scale=config.time_scale, silent=True
-                )
-                for name in config.scalars
-            }
+        self.scalars = ScalarEmbeddings(
+            config.scalars, config.width, frequencies=config.time_frequencies, scale=config.time_scale
         )
         self.label = LabelEmbedding(config.classes, config.width) if config.classes else None
         self.layers = nn.ModuleList(Block(config) for _ in range(config.depth))
@@ -132,9 +127,7 @@ class DiT(Network):
         embedded = self.time(time)
         if self.label is not None:
             embedded = embedded + self.label(condition["label"])
-        for name, scalar in self.scalars.items():
-            embedded = embedded + scalar(condition.get(name, torch.zeros_like(time)))
-        activated = silu(embedded)
+        activated = silu(self.scalars(embedded, time, condition))
         tokens, read = self.patches(x), []
         for number, block in enumerate(self.layers):
             tokens = block(tokens, activated)

@@ -17,7 +17,7 @@ class MMDiTConfig(NetworkSettings):
     """
 
     implementation: ClassVar[str] = "sixfold.models.mmdit.model:MMDiT"
-    provides: ClassVar[frozenset[Capability]] = frozenset({"denoiser"})
+    provides: ClassVar[frozenset[Capability]] = frozenset({"denoiser", "hidden_tokens"})
     reads_text: ClassVar[bool] = True
 
     type: Literal["mmdit"] = "mmdit"
@@ -40,6 +40,11 @@ class MMDiTConfig(NetworkSettings):
     )
     time_scale: float = Field(
         default=1000.0, gt=0, description="Factor on the time in [0, 1] before its sinusoidal embedding."
+    )
+    scalars: tuple[str, ...] = Field(
+        default=(),
+        strict=False,
+        description="Further numbers it is told, embedded like the time: interval (mean flow), guidance (LCM).",
     )
     time_frequencies: int = Field(default=256, ge=2, description="Width of the sinusoidal embedding of time.")
 

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention, silu
 
-from sixfold.models.dit.embedding import TimeEmbedding, patchify, sinusoids, unpatchify
+from sixfold.models.dit.embedding import ScalarEmbeddings, TimeEmbedding, patchify, sinusoids, unpatchify
 from sixfold.models.dit.model import modulated_norm
 from sixfold.models.mmdit.config import MMDiTConfig
 from sixfold.models.network import ZERO_MATRIX, Linear, Network, OwnsBuffers, normal, xavier_uniform
@@ -148,6 +148,9 @@ class MMDiT(Network):
         width, features = config.width, config.patch_size**2 * config.channels
         self.patches = CroppedPatchEmbedding(config)
         self.time = TimeEmbedding(width, frequencies=config.time_frequencies, scale=config.time_scale)
+        self.scalars = ScalarEmbeddings(
+            config.scalars, width, frequencies=config.time_frequencies, scale=config.time_scale
+        )
         self.pooled = PooledTextEmbedding(config) if config.pooled_width else None
         self.text = Linear(config.text_width, width, tag=xavier_uniform(config.text_width, width), bias=True)
         self.layers = nn.ModuleList(JointBlock(config, last=n + 1 == config.depth) for n in range(config.depth))
@@ -155,27 +158,38 @@ class MMDiT(Network):
         self.projection = Linear(width, features, tag=ZERO_MATRIX, bias=True)
 
     def forward(
-        self, x: Float[Tensor, "n c h w"], time: Float[Tensor, "n"], condition: Mapping[str, Tensor]
-    ) -> Float[Tensor, "n c h w"]:
-        """Return the prediction for noisy images.
+        self,
+        x: Float[Tensor, "n c h w"],
+        time: Float[Tensor, "n"],
+        condition: Mapping[str, Tensor],
+        *,
+        read_after: tuple[int, ...] = (),
+    ) -> Float[Tensor, "n c h w"] | tuple[Float[Tensor, "n c h w"], tuple[Float[Tensor, "n tokens width"], ...]]:
+        """Return the prediction for noisy images, and with ``read_after`` the image's tokens after those blocks.
 
         Args:
             x: images or latents at ``time``; height and width are multiples of the patch, at most the position grid.
             time: fp32 in [0, 1].
             condition: ``text`` ``[n, length, text_width]`` and, where the network takes it, ``pooled``
-                ``[n, pooled_width]``.
+                ``[n, pooled_width]``. Each of ``scalars`` ``[n]`` fp32, 0 where it is left out.
+            read_after: block numbers from 0, in increasing order.
         """
         embedded = self.time(time)
         if self.pooled is not None:
             embedded = embedded + self.pooled(condition["pooled"])
-        activated = silu(embedded)
+        activated = silu(self.scalars(embedded, time, condition))
         image, text = self.patches(x), self.text(condition["text"].to(self.text.weight.dtype))
-        for block in self.layers:
+        read = []
+        for number, block in enumerate(self.layers):
             image, *text_stream = block(image, text, activated)
             text = text_stream[0] if text_stream else text
+            if number in read_after:
+                read.append(image)
         shift, scale = self.modulation(activated)[:, None].chunk(2, dim=-1)
         tokens = self.projection(modulated_norm(image, shift, scale))
-        return unpatchify(tokens, self.config.patch_size, self.config.channels, x.shape[-2] // self.config.patch_size)
+        patch = self.config.patch_size
+        prediction = unpatchify(tokens, patch, self.config.channels, x.shape[-2] // patch)
+        return (prediction, tuple(read)) if read_after else prediction
 
     def blocks(self) -> Iterator[nn.Module]:
         """The joint blocks in order."""

@@ -21,6 +21,7 @@ class TrainedNetwork:
         role: which of that run's roles.
         averaged: whether its averaged weights are meant.
         step: the step whose checkpoint is meant; None is the newest.
+        codec: the codec whose latents it was trained on; None where it was trained on the data as they are.
     """
 
     architecture: NetworkSettings
@@ -29,6 +30,7 @@ class TrainedNetwork:
     role: str
     averaged: bool
     step: int | None = None
+    codec: NetworkSettings | TrainedNetwork | None = None
 
 
 NetworksConfig = Mapping[str, NetworkSettings | TrainedNetwork]

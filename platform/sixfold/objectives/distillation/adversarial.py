@@ -11,10 +11,15 @@ from torch import Tensor
 from torch.nn.functional import relu
 
 from sixfold.distributed.randomness import PositionRandom
-from sixfold.errors import RecipeError
 from sixfold.objectives.contract import Networks, Phase, Progress, Role
 from sixfold.objectives.distillation.adversarial_config import AdversarialDistillationConfig
-from sixfold.objectives.distillation.common import Drawn, FewStepObjective, PerSample
+from sixfold.objectives.distillation.common import (
+    Drawn,
+    FewStepObjective,
+    PerSample,
+    require_hidden_tokens,
+    require_teacher,
+)
 from sixfold.objectives.distillation.view import on_path
 from sixfold.paths.predictions import Endpoints
 from sixfold.paths.times import time_at_quantile
@@ -29,15 +34,12 @@ class AdversarialDistillation(FewStepObjective):
     config: AdversarialDistillationConfig
 
     def __init__(self, config: AdversarialDistillationConfig, networks_config: Mapping[str, Any]) -> None:
-        if config.teacher is None:
-            raise RecipeError.of(
-                "adversarial distillation needs a teacher",
-                where="objective.teacher",
-                fix="name one: networks.teacher: {type: trained, run: ...}",
-            )
+        teacher = require_teacher(config, "adversarial distillation learns from a teacher")
         super().__init__(config, networks_config)
         self.roles = {**self.roles, "discriminator": Role(kind="trainable", network=config.discriminator)}
-        if config.features is not None:
+        if config.features is None:
+            require_hidden_tokens(networks_config, teacher, read_after=config.read_after, heads=config.discriminator)
+        else:
             self.roles = {**self.roles, "features": Role(kind="frozen", network=config.features)}
 
     def phases(self, progress: Progress) -> Sequence[Phase]:
@@ -67,7 +69,7 @@ class AdversarialDistillation(FewStepObjective):
         path = self.student.path
         step = random.integers("distillation/step", self.config.steps) + 1
         fraction = step.to(drawn.quantile) / self.config.steps
-        at = path.coefficients(path.time_data + fraction * (path.time_noise - path.time_data))
+        at = path.coefficients(path.time_at_fraction(fraction))
         x = on_path(Endpoints(drawn.data, drawn.noise), at.alpha, at.sigma)
         return self.student(nets["denoiser"], x, at.alpha, at.sigma, drawn.condition).data
 
@@ -110,7 +112,7 @@ class AdversarialDistillation(FewStepObjective):
             return samples.new_zeros(len(samples))
         path = self.teacher.path
         fraction = random.uniform("distillation/teacher/time").double()
-        at = path.coefficients(path.time_data + (path.time_noise - path.time_data) * fraction)
+        at = path.coefficients(path.time_at_fraction(fraction))
         noise = random.normal("distillation/teacher/noise", samples.shape[1:])
         x = on_path(Endpoints(samples.detach(), noise), at.alpha, at.sigma)
         believed = self.teach(nets, x, at.alpha, at.sigma, drawn).data

@@ -96,14 +96,14 @@ class FewStepObjective(ABC):
 
     @torch.no_grad()
     def evaluate(self, nets: Networks, batch: Batch, random: PositionRandom) -> Mapping[str, Sum]:
-        """Return the error of one-step samples: how far the student's image lies from the teacher's own beliefs.
+        """Return the denoising error: how far the student's belief about the data lies from the data, squared.
 
-        A few-step loss has moving targets and says little by itself. This one is fixed: from x at stratified times, the
-        squared distance between the student's belief about the data and the data, which denoising would minimise.
+        A few-step loss has moving targets and says little by itself; this measure is fixed, at stratified times. Its
+        least value is the denoiser's, which no few-step student reaches: it tells of divergence, not of quality.
         """
         drawn = self._draw(nets, batch, random)._replace(quantile=stratified_quantiles(batch.positions).double())
         path = self.student.path
-        at = path.coefficients(path.time_data + (path.time_noise - path.time_data) * drawn.quantile)
+        at = path.coefficients(path.time_at_fraction(drawn.quantile))
         x = on_path(Endpoints(drawn.data, drawn.noise), at.alpha, at.sigma)
         believed = self.student(nets["denoiser"], x, at.alpha, at.sigma, drawn.condition)
         error = (believed.data - drawn.data).square().flatten(1).mean(1)
@@ -138,6 +138,80 @@ class FewStepObjective(ABC):
         )
 
 
+def require_boundary_condition(student: View) -> None:
+    """Raise RecipeError unless what the student implies at the clean end is x itself, whatever its network says."""
+    kind = student.settings.prediction
+    if kind in ("data", "noise"):
+        raise RecipeError.of(
+            f"a student that predicts {kind} does not meet the boundary condition f(x, 0) = x",
+            where="objective.prediction",
+            allowed="velocity, v, edm",
+            fix="set objective.prediction=velocity (a fresh student), or start from a teacher of one of these",
+        )
+
+
+def require_scalar(config: FewStepSettings, networks_config: Mapping[str, Any], scalar: str, why: str) -> None:
+    """Raise RecipeError, which says ``why`` it is told, unless the student takes the number called ``scalar``."""
+    student = architecture_of(networks_config[config.network])
+    known = getattr(student, "scalars", None)
+    if known is None or scalar not in known:
+        raise RecipeError.of(
+            f"{why}, and networks.{config.network} has no input for it",
+            where=f"networks.{config.network}",
+            allowed="a denoiser of type dit or mmdit with this name among its scalars",
+            fix=f"write the network out, with the settings it has and scalars: {[*(known or ()), scalar]}",
+        )
+
+
+def require_hidden_tokens(
+    networks_config: Mapping[str, Any], name: str, *, read_after: Sequence[int], heads: str
+) -> None:
+    """Raise RecipeError unless a network has the blocks that are read, and the heads the width of their tokens."""
+    network, reader = (architecture_of(networks_config[key]) for key in (name, heads))
+    if "hidden_tokens" not in network.provides:
+        raise RecipeError.of(
+            f"networks.{heads} reads hidden tokens, which networks.{name} does not give",
+            where=f"networks.{name}",
+            allowed="a denoiser of type dit or mmdit",
+            fix="take a teacher of one of these types, or features of images (objective.features)",
+        )
+    depth, width = (getattr(network, setting) for setting in ("depth", "width"))
+    wanted = getattr(reader, "heads", len(read_after))
+    in_order = list(read_after) == sorted(set(read_after))
+    if not read_after or len(read_after) != wanted or not in_order or not 0 <= read_after[0] <= read_after[-1] < depth:
+        raise RecipeError.of(
+            f"objective.read_after is {list(read_after)}; networks.{heads} has {wanted} heads, and networks.{name} "
+            f"{depth} blocks",
+            where="objective.read_after",
+            allowed=f"{wanted} different blocks from 0 to {depth - 1}, in order",
+            fix=f"name as many blocks as there are heads, such as {_spread(wanted, depth)}",
+        )
+    if getattr(reader, "features", width) != width:
+        raise RecipeError.of(
+            f"networks.{heads}.features is {getattr(reader, 'features', None)}, and tokens of networks.{name} are "
+            f"{width} wide",
+            where=f"networks.{heads}.features",
+            allowed=str(width),
+            fix=f"set networks.{heads}.features={width}",
+        )
+
+
+def _spread(count: int, depth: int) -> list[int]:
+    """Return blocks that lie evenly within the depth."""
+    return sorted({depth * (2 * number + 1) // (2 * count) for number in range(count)})
+
+
+def require_teacher(config: FewStepSettings, why: str) -> str:
+    """Return the teacher's name in the networks; raise RecipeError, which says ``why`` it is needed, without one."""
+    if config.teacher is None:
+        raise RecipeError.of(
+            f"{why}, and there is none",
+            where="objective.teacher",
+            fix="name one: networks.teacher: {type: trained, run: ...}, and objective.teacher: teacher",
+        )
+    return config.teacher
+
+
 def _start(config: FewStepSettings, networks_config: Mapping[str, Any]) -> str | None:
     """Return the role whose weights the student takes over; None where it starts fresh or from a run of its own."""
     if (
@@ -159,10 +233,7 @@ def _start(config: FewStepSettings, networks_config: Mapping[str, Any]) -> str |
 def _check_teacher(config: FewStepSettings, networks_config: Mapping[str, Any]) -> None:
     """Raise RecipeError unless teacher and student make the same images from the same conditions."""
     assert config.teacher is not None
-    student, teacher = (
-        architecture_of(networks_config[name]) if name in networks_config else denoiser_config(networks_config, name)
-        for name in (config.network, config.teacher)
-    )
+    student, teacher = (architecture_of(networks_config[name]) for name in (config.network, config.teacher))
     for name in ("image_size", "channels", "classes", "text_width"):
         own, taught = getattr(student, name, None), getattr(teacher, name, None)
         if own != taught:

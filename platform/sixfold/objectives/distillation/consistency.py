@@ -1,7 +1,11 @@
 """Consistency models, distilled or trained alone: f(x_t, t) = f(x_r, r) along every trajectory, and f(x, 0) = x.
 
-f is the student's belief about the data. Networks that predict a velocity, v, or EDM's F meet the boundary condition by
-themselves: where there is no noise the data they imply are x itself, whatever they say.
+f is the student's belief about where the trajectory ends, a x0hat + s ehat with the path's (a, s) at its clean end.
+Networks that predict a velocity, v, or EDM's F meet the boundary condition by themselves: what they imply at that end
+is x itself, whatever they say. Where no noise is left there, f is the belief about the data. On EDM's path, which ends
+at s_min, it is c_skip x + c_out F with c_out = sd (s - s_min) / sqrt(s^2 + sd^2), that of 2303.01469 (appendix C), and
+c_skip = (sd^2 + s s_min) / (s^2 + sd^2) where the paper has sd^2 / ((s - s_min)^2 + sd^2): both are 1 at s_min, and
+agree where s_min is little.
 """
 
 from __future__ import annotations
@@ -15,15 +19,20 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sixfold.distributed.randomness import PositionRandom
-from sixfold.errors import RecipeError
 from sixfold.objectives.contract import Networks, Phase, Role
-from sixfold.objectives.distillation.common import Drawn, FewStepObjective, PerSample
+from sixfold.objectives.distillation.common import (
+    Drawn,
+    FewStepObjective,
+    PerSample,
+    require_boundary_condition,
+    require_scalar,
+)
 from sixfold.objectives.distillation.consistency_config import (
     ConsistencyConfig,
     GridPairsConfig,
     PairsConfig,
 )
-from sixfold.objectives.distillation.view import on_path
+from sixfold.objectives.distillation.view import Condition, on_path
 from sixfold.paths.affine import AffinePath, Coefficients
 from sixfold.paths.predictions import Endpoints
 from sixfold.paths.times import time_at_quantile
@@ -49,14 +58,9 @@ class Consistency(FewStepObjective):
 
     def __init__(self, config: ConsistencyConfig, networks_config: Mapping[str, Any]) -> None:
         super().__init__(config, networks_config)
-        kind = self.student.settings.prediction
-        if kind in ("data", "noise"):
-            raise RecipeError.of(
-                f"a student that predicts {kind} does not meet the boundary condition f(x, 0) = x",
-                where="objective.prediction",
-                allowed="velocity, v, edm",
-                fix="set objective.prediction=velocity (a fresh student), or start from a teacher of one of these",
-            )
+        require_boundary_condition(self.student)
+        if config.embed_guidance is not None:
+            require_scalar(config, networks_config, GUIDANCE, "objective.embed_guidance tells the student a scale")
         if config.target_decay is not None:
             target = Role(kind="tracking", network=config.network, follows="denoiser", decay=config.target_decay)
             self.roles = {**self.roles, "target": target}
@@ -68,16 +72,25 @@ class Consistency(FewStepObjective):
         scale, condition = self._guidance(drawn, random)
         ends = Endpoints(drawn.data, drawn.noise)
         x = on_path(ends, noisy.alpha, noisy.sigma)
-        found = self.student(nets["denoiser"], x, noisy.alpha, noisy.sigma, condition).data
+        found = self.lead_to(nets["denoiser"], x, noisy, condition)
         with torch.no_grad():
             taught = self.teacher is not None
             nearer = self._solve(nets, x, noisy, clean, drawn, scale) if taught else on_path(ends, *clean[:2])
             network = nets["denoiser" if self.config.target_decay is None else "target"]
-            target = self.student(network, nearer, clean.alpha, clean.sigma, condition).data
+            target = self.lead_to(network, nearer, clean, condition)
         distance = self._distance(found, target)
         gap = (pair.noisy - pair.clean).to(distance)
         weight = 1.0 / gap if self.config.weighting == "inverse_gap" else 1.0
         return PerSample(weight * distance, {"distance": distance})
+
+    def lead_to(
+        self, network: Any, x: Float[Tensor, "n ..."], at: Coefficients, condition: Condition
+    ) -> Float[Tensor, "n ..."]:
+        """Return f(x, t): where the student believes that the trajectory through ``x`` ends."""
+        path = self.student.path
+        end = path.coefficients(torch.full_like(at.alpha, path.time_data))
+        ends = self.student(network, x, at.alpha, at.sigma, condition)
+        return on_path(ends, end.alpha, end.sigma)
 
     def _solve(
         self,

@@ -15,9 +15,14 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from sixfold.distributed.randomness import PositionRandom
-from sixfold.errors import RecipeError
 from sixfold.objectives.contract import Networks, Phase, Progress, Role
-from sixfold.objectives.distillation.common import Drawn, FewStepObjective, PerSample
+from sixfold.objectives.distillation.common import (
+    Drawn,
+    FewStepObjective,
+    PerSample,
+    require_hidden_tokens,
+    require_teacher,
+)
 from sixfold.objectives.distillation.distribution_matching_config import DistributionMatchingConfig
 from sixfold.objectives.distillation.view import View, on_path
 from sixfold.paths.predictions import Endpoints, express
@@ -31,21 +36,17 @@ class DistributionMatching(FewStepObjective):
     config: DistributionMatchingConfig
 
     def __init__(self, config: DistributionMatchingConfig, networks_config: Mapping[str, Any]) -> None:
-        if config.teacher is None:
-            raise RecipeError.of(
-                "distribution matching compares with a teacher, and there is none",
-                where="objective.teacher",
-                fix="name one: networks.teacher: {type: trained, run: ...}",
-            )
+        teacher = require_teacher(config, "distribution matching compares with a teacher")
         super().__init__(config, networks_config)
         assert self.teacher is not None
         # It starts as the teacher and is asked like it: both judge on the teacher's own path.
         self.fake_score = self.teacher
         self.roles = {
             **self.roles,
-            "fake_score": Role(kind="trainable", network=config.teacher, starts_from="teacher"),
+            "fake_score": Role(kind="trainable", network=teacher, starts_from="teacher"),
         }
         if config.discriminator is not None:
+            require_hidden_tokens(networks_config, teacher, read_after=config.read_after, heads=config.discriminator)
             self.roles = {**self.roles, "discriminator": Role(kind="trainable", network=config.discriminator)}
 
     def phases(self, progress: Progress) -> Sequence[Phase]:
@@ -74,7 +75,7 @@ class DistributionMatching(FewStepObjective):
         asked, time, samples = drawn.noise, drawn.quantile, None
         for number in range(self.config.steps):
             fraction = 1.0 - number / self.config.steps
-            now = torch.full_like(drawn.quantile, path.time_data + fraction * (path.time_noise - path.time_data))
+            now = path.time_at_fraction(torch.full_like(drawn.quantile, fraction))
             at = path.coefficients(now)
             noise = drawn.noise if number == 0 else random.normal(f"distillation/noise/{number}", asked.shape[1:])
             start = torch.zeros_like(noise) if samples is None else samples  # pure noise, whatever the path calls alpha
@@ -137,7 +138,7 @@ class DistributionMatching(FewStepObjective):
         """Return a time of the teacher's path as (alpha, sigma), and fresh noise."""
         path, (low, high) = self.fake_score.path, self.config.noise_range
         fraction = low + (high - low) * random.uniform(f"distillation/{purpose}/time").double()
-        at = path.coefficients(path.time_data + fraction * (path.time_noise - path.time_data))
+        at = path.coefficients(path.time_at_fraction(fraction))
         return at.alpha, at.sigma, random.normal(f"distillation/{purpose}/noise", drawn.data.shape[1:])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,9 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sixfold.distributed.randomness import PositionRandom
-from sixfold.errors import RecipeError
 from sixfold.objectives.contract import Networks, Phase
-from sixfold.objectives.distillation.common import Drawn, FewStepObjective, PerSample
+from sixfold.objectives.distillation.common import Drawn, FewStepObjective, PerSample, require_teacher
 from sixfold.objectives.distillation.trajectory_config import ProgressiveConfig, ReflowConfig
 from sixfold.objectives.distillation.view import on_path
 from sixfold.paths.predictions import Endpoints, express
@@ -26,7 +26,7 @@ class Reflow(FewStepObjective):
 
     def __init__(self, config: ReflowConfig, networks_config: Mapping[str, Any]) -> None:
         super().__init__(config, networks_config)
-        _require_teacher(config)
+        require_teacher(config, f"objective {config.type} learns from a teacher")
 
     def loss(self, nets: Networks, drawn: Drawn, phase: Phase, random: PositionRandom) -> PerSample:
         """Return the squared error of each sample's prediction."""
@@ -40,17 +40,24 @@ class Reflow(FewStepObjective):
 
     @torch.no_grad()
     def _carried(self, nets: Networks, drawn: Drawn) -> Float[Tensor, "n ..."]:
-        """Return where the teacher's flow takes the noise, by Heun's method."""
+        """Return where the teacher's flow takes the noise.
+
+        All paths have the same trajectories, in other units and at other speeds. Whatever the teacher knows, they are
+        followed on the trigonometric path x = cos(t) x0 + sin(t) sd e, on which x keeps its size, by Heun's method in
+        even steps: the first steps on EDM's own path, of 80 times the data's size, lose everything.
+        """
         assert self.teacher is not None
-        path = self.teacher.path
-        times = torch.linspace(path.time_noise, path.time_data, self.config.solver_steps + 1, dtype=torch.float64)
-        knots = path.coefficients(times.to(drawn.quantile.device))
-        x = knots.sigma[0] * drawn.noise
-        for step in range(self.config.solver_steps):
-            (alpha, next_alpha), (sigma, next_sigma) = (part[step : step + 2].unbind() for part in knots[:2])
+        data_std = self.teacher.settings.data_std
+        steps = self.config.solver_steps
+        angles = torch.linspace(0.5 * math.pi, 0.0, steps + 1, dtype=torch.float64, device=drawn.quantile.device)
+        alphas, sigmas = torch.cos(angles), data_std * torch.sin(angles)
+        alphas[0], sigmas[-1] = 0.0, 0.0
+        x = sigmas[0].to(drawn.noise) * drawn.noise
+        for step in range(steps):
+            (alpha, next_alpha), (sigma, next_sigma) = (part[step : step + 2].unbind() for part in (alphas, sigmas))
             here = self.teach(nets, x, _everywhere(alpha, x), _everywhere(sigma, x), drawn)
             change = (next_alpha - alpha) * here.data + (next_sigma - sigma) * here.noise
-            if step + 1 < self.config.solver_steps:
+            if step + 1 < steps:
                 there = self.teach(nets, x + change, _everywhere(next_alpha, x), _everywhere(next_sigma, x), drawn)
                 second = (next_alpha - alpha) * there.data + (next_sigma - sigma) * there.noise
                 change = 0.5 * (change + second)
@@ -65,15 +72,14 @@ class Progressive(FewStepObjective):
 
     def __init__(self, config: ProgressiveConfig, networks_config: Mapping[str, Any]) -> None:
         super().__init__(config, networks_config)
-        _require_teacher(config)
+        require_teacher(config, f"objective {config.type} learns from a teacher")
 
     def loss(self, nets: Networks, drawn: Drawn, phase: Phase, random: PositionRandom) -> PerSample:
         """Return the squared error of the belief about the data, weighted by max(SNR, 1) (section 4)."""
         path, steps = self.student.path, self.config.student_steps
         index = (drawn.quantile * steps).floor().clamp(max=steps - 1) + 1.0
-        span = path.time_noise - path.time_data
         start, half, stop = (
-            path.coefficients(path.time_data + span * (index - back) / steps) for back in (0.0, 0.5, 1.0)
+            path.coefficients(path.time_at_fraction((index - back) / steps)) for back in (0.0, 0.5, 1.0)
         )
         x = on_path(Endpoints(drawn.data, drawn.noise), start.alpha, start.sigma)
         with torch.no_grad():
@@ -95,13 +101,4 @@ def implied_data(
 
 
 def _everywhere(value: Tensor, x: Tensor) -> Tensor:
-    return value.to(x.dtype).expand(len(x))
-
-
-def _require_teacher(config: ReflowConfig | ProgressiveConfig) -> None:
-    if config.teacher is None:
-        raise RecipeError.of(
-            f"objective {config.type} learns from a teacher, and there is none",
-            where="objective.teacher",
-            fix="name one: networks.teacher: {type: trained, run: ...}",
-        )
+    return value.expand(len(x))

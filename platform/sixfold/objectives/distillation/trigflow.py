@@ -6,7 +6,8 @@ trigonometric path, and f = cos(t) x - sin(t) sd F is its belief about the data.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from sixfold.distributed.randomness import PositionRandom
 from sixfold.objectives.contract import Networks, Phase
-from sixfold.objectives.distillation.common import Drawn, FewStepObjective, PerSample
+from sixfold.objectives.distillation.common import Drawn, FewStepObjective, PerSample, require_boundary_condition
 from sixfold.objectives.distillation.derivatives import directional_derivative
 from sixfold.objectives.distillation.trigflow_config import TrigFlowConsistencyConfig
 from sixfold.objectives.distillation.view import View, on_path
@@ -26,6 +27,10 @@ class TrigFlowConsistency(FewStepObjective):
     """|F - sg(F) - g|^2, a sum over dimensions, with the normalised tangent g of the consistency function."""
 
     config: TrigFlowConsistencyConfig
+
+    def __init__(self, config: TrigFlowConsistencyConfig, networks_config: Mapping[str, Any]) -> None:
+        super().__init__(config, networks_config)
+        require_boundary_condition(self.student)
 
     def loss(self, nets: Networks, drawn: Drawn, phase: Phase, random: PositionRandom) -> PerSample:
         """Return the squared error of each sample (algorithm 1)."""
@@ -73,7 +78,9 @@ def consistency_tangent(
 ) -> Tensor:
     """Return -cos^2 (F - dx/dt) - r cos sin x - r cos sin dF/dt, in units of sd (2410.11081, eq. 8, algorithm 1).
 
-    At r = 1 this is cos(t) df/dt, the rate at which the consistency function changes along the trajectory.
+    At r = 1 this is cos(t) df/dt, the rate at which the consistency function changes along the trajectory. Where r < 1
+    the paper puts r sin(t) in the place of sin(t) and leaves cos(t) alone (section 4.1, "tangent warmup"), hence cos^2.
+    Later work has cos sqrt(1 - r^2 sin^2) there, the cosine that would go with r sin(t); both are the same at r = 1.
 
     Args:
         cos: cos(t).

@@ -3,7 +3,8 @@ each other.
 
 A network knows one path and one prediction. Asked about x = a x0 + s e on any other path, it is shown the point of its
 own path with the same ratio s : a, which is x rescaled, and its answer is read as beliefs about x0 and e, which mean
-the same on every path.
+the same on every path. At the ends of paths the ratio is as near as the network knows: its path's own first or last,
+and, where it predicts the noise, one at which that still tells something of the data.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from sixfold.objectives.denoising.config import DenoisingConfig
 from sixfold.paths.affine import AffinePath, Coefficients
-from sixfold.paths.predictions import Endpoints, endpoints_of, network_input
+from sixfold.paths.predictions import LARGEST_RATIO_FOR_NOISE, Endpoints, endpoints_of, network_input
 
 Condition = Mapping[str, Tensor]
 
@@ -80,8 +81,13 @@ class View:
     def _asked(self, x: Float[Tensor, "n ..."], alpha: Float[Tensor, " n"], sigma: Float[Tensor, " n"]) -> _Asked:
         # Of one number a sample, in fp64: the last bit of a time would depend on how many samples are computed at once.
         alpha, sigma = alpha.double(), sigma.double()
-        time = self.path.time_at(alpha, sigma)
+        known = alpha
+        if self.settings.prediction == "noise":
+            known = torch.maximum(alpha, sigma / LARGEST_RATIO_FOR_NOISE)
+        time = torch.where(sigma == 0.0, self.path.time_data, self.path.time_at(known, sigma))
         exact = self.path.coefficients(time)
+        # Rates are infinite where variance-preserving paths end in data, and count for nothing there: x is the data.
+        exact = exact._replace(sigma_rate=exact.sigma_rate.nan_to_num(nan=1.0, posinf=1.0))
         scale = torch.hypot(exact.alpha, exact.sigma) / torch.hypot(alpha, sigma)
         own = x * scale.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
         at = exact.to(x)

@@ -1,0 +1,66 @@
+"""Distillation that cannot be: every misfit of teacher, student, heads and data is said before anything trains."""
+
+import pytest
+
+from sixfold.errors import RecipeError
+from sixfold.models.dit.config import DiTConfig
+from sixfold.models.feature_heads.config import FeatureHeadsConfig
+from sixfold.models.trained.network import TrainedNetwork
+from sixfold.models.unet.config import UNetConfig
+from sixfold.objectives.denoising.config import DenoisingConfig
+from sixfold.objectives.distillation.adversarial_config import AdversarialDistillationConfig
+from sixfold.objectives.distillation.consistency_config import ConsistencyConfig
+from sixfold.objectives.distillation.distribution_matching_config import DistributionMatchingConfig
+from sixfold.recipe.checks import check_recipe
+from sixfold.recipe.load import load_recipe
+
+DIT = DiTConfig(image_size=4, patch_size=2, channels=1, width=16, depth=2, heads=2)
+UNET = UNetConfig(image_size=4, channels=1, width=8, multipliers=[1], attention_sizes=[], head_width=8, groups=4)
+
+
+def build(config, teacher=DIT, student=None, heads=2, features=16):
+    """An objective of those settings; a student is a copy of its teacher unless it is given."""
+    trained = TrainedNetwork(
+        architecture=teacher, objective=DenoisingConfig(), run=None, role="denoiser", averaged=False
+    )
+    discriminator = FeatureHeadsConfig(heads=heads, features=features)
+    return config.load()(config, {"teacher": trained, "denoiser": student or trained, "discriminator": discriminator})
+
+
+@pytest.mark.parametrize("kind", [AdversarialDistillationConfig, DistributionMatchingConfig])
+@pytest.mark.parametrize("read_after", [(), (0,), (0, 2), (1, 0), (-1, 0), (1, 1)])
+def test_heads_read_blocks_that_are_there(kind, read_after):
+    with pytest.raises(RecipeError, match="different blocks from 0 to 1, in order"):
+        build(kind(discriminator="discriminator", read_after=read_after))
+    build(kind(discriminator="discriminator", read_after=(0, 1)))
+
+
+def test_heads_read_tokens_of_their_width_from_a_network_that_has_some():
+    config = AdversarialDistillationConfig(read_after=(0, 1))
+    with pytest.raises(RecipeError, match=r"networks.discriminator.features is 8.*\n.*allowed: 16"):
+        build(config, features=8)
+    with pytest.raises(RecipeError, match=r"networks\.teacher does not give"):
+        build(config, teacher=UNET)
+
+
+@pytest.mark.parametrize(
+    ("config", "scalar"), [(ConsistencyConfig(embed_guidance=(1.0, 3.0)), "guidance")], ids=["guidance"]
+)
+def test_a_student_takes_the_numbers_that_it_is_told(config, scalar):
+    for network in (DIT, UNET):
+        with pytest.raises(RecipeError, match=rf"no input for it(.*\n)*.*scalars: \['{scalar}'\]"):
+            build(config, teacher=network)
+    build(config, student=DIT.model_copy(update={"scalars": (scalar,)}))
+
+
+def test_a_discriminator_sees_more_than_one_sample_at_a_time():
+    name = "distill/ladd-smoke"
+    with pytest.raises(RecipeError, match=r"micro_batch = 1 .*one sample at a time(.*\n)*.*micro_batch=2"):
+        load_recipe(name, ["engine.micro_batch=1"])
+    with pytest.raises(RecipeError, match=r"roles.discriminator.engine.micro_batch = 1"):
+        load_recipe(name, ["roles.discriminator.engine={type: ddp, micro_batch: 1}"])
+    recipe = load_recipe(name, ["data.global_batch=8"]).recipe
+    check_recipe(recipe, 4)
+    with pytest.raises(RecipeError, match="on 8 ranks: the discriminator would see one sample on each"):
+        check_recipe(recipe, 8)
+    load_recipe("distill/consistency-distill-smoke", ["engine.micro_batch=1"])
