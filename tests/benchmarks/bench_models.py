@@ -119,6 +119,9 @@ def serve(side, threads, compiled):
     """Read ``case precision`` lines, take one training step each, and answer with its seconds."""
     import torch
 
+    from sixfold.train.worker import _keep_freed_memory
+
+    _keep_freed_memory()  # as training does; both sides profit
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     ready = {}

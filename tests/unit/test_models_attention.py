@@ -1,8 +1,9 @@
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model_helpers import dense, mixture, randomized
-from sixfold.models.attention import causal_attention, continuation_mask, document_mask
+from sixfold.models.attention import causal_attention, continuation_mask, document_mask, full_attention, kernels_of
 from sixfold.models.moe_transformer.attention import rotary_table, rotate
 
 
@@ -79,3 +80,35 @@ def test_blocks_of_queries_give_the_output_and_gradients_of_the_whole(packed):
         torch.autograd.grad(ours, inputs, direction), torch.autograd.grad(theirs, inputs, direction), strict=True
     ):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_full_attention_of_short_sequences_gives_the_formulas_output_and_gradients(dtype, masked):
+    torch.manual_seed(0)
+    exact = [torch.randn(3, length, 2, 8).to(dtype).double().transpose(1, 2) for length in (20, 33, 33)]
+    mask = torch.rand(3, 1, 1, 33) < 0.7 if masked else None
+    inputs = [x.to(dtype).requires_grad_() for x in exact]
+    ours = full_attention(*inputs, mask)
+    query, key, value = (x.requires_grad_() for x in exact)
+    scores = query @ key.mT / 8**0.5
+    theirs = (scores if mask is None else scores.masked_fill(~mask, -torch.inf)).softmax(-1) @ value
+    direction = torch.randn_like(ours)
+    found = [ours, *torch.autograd.grad(ours, inputs, direction)]
+    expected = [theirs, *torch.autograd.grad(theirs, (query, key, value), direction.double())]
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.02}[dtype]
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == dtype
+        assert (one.double() - other).norm() <= tolerance * other.norm()
+
+
+def test_products_are_kept_to_training_on_the_cpu():
+    """Forward-mode derivatives go through SDPA, which has them; plans for accelerators keep no probabilities."""
+    inputs = [torch.randn(2, 2, 16, 8) for _ in range(3)]
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        value, rate = torch.func.jvp(lambda x: full_attention(x, *inputs[1:]), (inputs[0],), (inputs[1],))
+    assert value.shape == rate.shape
+    query = inputs[0].clone().requires_grad_()
+    assert "Batched" in full_attention(query, *inputs[1:]).grad_fn.name()
+    with kernels_of(torch.device("cuda")):
+        assert "ScaledDotProduct" in full_attention(query, *inputs[1:]).grad_fn.name()

@@ -1,13 +1,15 @@
-"""Causal attention within documents: SDPA or batched products on the CPU, flash or flex attention on CUDA.
+"""Softmax attention: SDPA or batched products on the CPU, flash or flex attention on CUDA.
 
-A mask is prepared once a forward pass and shared by all layers. Without documents there is none, and SDPA's own causal
-kernel runs on every device. With documents, CUDA takes flex attention, which skips masked blocks; it has no backward on
-the CPU, where SDPA takes an explicit mask. Short fp32 sequences on the CPU take neither: see ``blockwise_attention``.
+A causal mask is prepared once a forward pass and shared by all layers. Without documents there is none, and SDPA's own
+causal kernel runs on every device. With documents, CUDA takes flex attention, which skips masked blocks; it has no
+backward on the CPU, where SDPA takes an explicit mask. Short sequences that train on the CPU take neither: see
+``batched_attention``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -17,7 +19,20 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from sixfold.models.blockwise_attention import LONGEST, blockwise_causal_attention
+from sixfold.models.batched_attention import batched_attention
+
+_LONGEST = 512
+"""Tokens beyond which the probabilities that batched products keep would outweigh a layer's other activations."""
+
+_LONGEST_FULL_FP32 = 64
+"""The same for full attention in fp32, where SDPA's kernel is as fast as the products from there on."""
+
+
+class _Kernels:
+    """Whose kernels are taken; a context variable would keep blocks from being compiled."""
+
+    of_accelerators = False
+
 
 AttentionMask = BlockMask | Bool[Tensor, "#n 1 queries keys"]
 
@@ -55,16 +70,40 @@ def causal_attention(
     if isinstance(mask, BlockMask):
         attended: Tensor = _compiled(flex_attention)(query, key, value, block_mask=mask, enable_gqa=grouped)
         return attended
-    if _short_on_cpu(query, key):
-        return blockwise_causal_attention(query, key, value, mask)
+    if query.shape[2] == key.shape[2] > 1 and _takes_products(query, key, _LONGEST):
+        return batched_attention(query, key, value, mask, causal=True)
     causal = mask is None and query.shape[2] > 1
     return scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
 
 
-def _short_on_cpu(query: Tensor, key: Tensor) -> bool:
-    """Whether batched products beat SDPA's kernel: training, or reading a prompt, in fp32."""
-    queries, keys = query.shape[2], key.shape[2]
-    return query.device.type == "cpu" and query.dtype == torch.float32 and 1 < queries == keys <= LONGEST
+def full_attention(
+    query: Float[Tensor, "n heads queries features"],
+    key: Float[Tensor, "n heads keys features"],
+    value: Float[Tensor, "n heads keys features"],
+    mask: Bool[Tensor, "#n 1 #queries keys"] | None = None,
+) -> Float[Tensor, "n heads queries features"]:
+    """Softmax attention of every query to every key, or to those that ``mask`` allows."""
+    longest = _LONGEST_FULL_FP32 if query.dtype == torch.float32 else _LONGEST
+    if _takes_products(query, key, longest):
+        return batched_attention(query, key, value, mask, causal=False)
+    return scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+
+@contextmanager
+def kernels_of(device: torch.device) -> Iterator[None]:
+    """Take the kernels that ``device`` would, whatever device tensors pretend to be on: for plans on fake tensors."""
+    before, _Kernels.of_accelerators = _Kernels.of_accelerators, device.type != "cpu"
+    try:
+        yield
+    finally:
+        _Kernels.of_accelerators = before
+
+
+def _takes_products(query: Tensor, key: Tensor, longest: int) -> bool:
+    """Whether batched products beat SDPA's kernel: short sequences on the CPU whose backward will follow."""
+    if query.device.type != "cpu" or _Kernels.of_accelerators or not query.requires_grad:
+        return False
+    return query.dtype in (torch.float32, torch.bfloat16) and max(query.shape[2], key.shape[2]) <= longest
 
 
 @cache

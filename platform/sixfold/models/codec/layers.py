@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import interpolate, pad, pixel_shuffle, pixel_unshuffle, scaled_dot_product_attention, silu
+from torch.nn.functional import interpolate, pad, pixel_shuffle, pixel_unshuffle, silu
 
+from sixfold.models.attention import full_attention
 from sixfold.models.convolution import Conv2d, GroupNorm
 from sixfold.models.network import Linear, xavier_uniform
 
@@ -52,7 +53,7 @@ class CellAttention(nn.Module):
         """Mix cells."""
         cells = self.norm(x).flatten(2).transpose(1, 2)
         query, key, value = (part(cells)[:, None] for part in (self.query, self.key, self.value))
-        mixed: Tensor = self.output(scaled_dot_product_attention(query, key, value)[:, 0])
+        mixed: Tensor = self.output(full_attention(query, key, value)[:, 0])
         return x + mixed.transpose(1, 2).reshape(x.shape)
 
     def flops(self, cells: float) -> float:

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import gelu, layer_norm, scaled_dot_product_attention, silu
+from torch.nn.functional import gelu, layer_norm, silu
 
+from sixfold.models.attention import full_attention
 from sixfold.models.dit.config import DiTConfig
 from sixfold.models.dit.embedding import LabelEmbedding, PatchEmbedding, ScalarEmbeddings, TimeEmbedding, unpatchify
 from sixfold.models.network import ZERO_MATRIX, Linear, Network, xavier_uniform
@@ -47,7 +48,7 @@ class SelfAttention(nn.Module):
         )
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
-        attended = scaled_dot_product_attention(query, key, value)
+        attended = full_attention(query, key, value)
         mixed: Tensor = self.output(attended.transpose(1, 2).flatten(-2))
         return mixed
 

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import gelu, scaled_dot_product_attention, silu
+from torch.nn.functional import gelu, silu
 
+from sixfold.models.attention import full_attention
 from sixfold.models.dit.embedding import ScalarEmbeddings, TimeEmbedding, patchify, sinusoids, unpatchify
 from sixfold.models.dit.model import modulated_norm
 from sixfold.models.mmdit.config import MMDiTConfig
@@ -117,7 +118,7 @@ class JointBlock(nn.Module):
         image_parts, text_parts = self.image.modulate(condition), self.text.modulate(condition)
         pairs = zip(self.image.attended(image, image_parts), self.text.attended(text, text_parts), strict=True)
         query, key, value = (torch.cat(pair, dim=2) for pair in pairs)
-        attended = scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(-2)
+        attended = full_attention(query, key, value).transpose(1, 2).flatten(-2)
         patches = image.shape[1]
         image = self.image.updated(image, attended[:, :patches], image_parts)
         if self.text.ends:

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
-from torch.nn.functional import embedding, gelu, pad, scaled_dot_product_attention
+from torch.nn.functional import embedding, gelu, pad
 
+from sixfold.models.attention import full_attention
 from sixfold.models.network import Linear, Network, ParameterTag, normal, parameter
 from sixfold.models.normalization import RMSNorm
 from sixfold.models.text_encoder.config import END_OF_TEXT, VOCABULARY, ByteTextEncoderConfig
@@ -57,7 +58,7 @@ class EncoderBlock(nn.Module):
             projection(seen).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for projection in (self.query, self.key, self.value)
         )
-        attended = scaled_dot_product_attention(query, key, value, attn_mask=visible)
+        attended = full_attention(query, key, value, visible)
         x = x + self.output(attended.transpose(1, 2).flatten(-2))
         changed: Tensor = self.down(gelu(self.up(self.mlp_norm(x)), approximate="tanh"))
         return x + changed

@@ -7,8 +7,9 @@ from typing import Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d, interpolate, scaled_dot_product_attention, silu
+from torch.nn.functional import avg_pool2d, interpolate, silu
 
+from sixfold.models.attention import full_attention
 from sixfold.models.convolution import Conv2d, GroupNorm
 from sixfold.models.network import Linear, ParameterTag, xavier_uniform
 
@@ -76,7 +77,7 @@ class PixelAttention(nn.Module):
             part(normalized).flatten(2).unflatten(1, (self.heads, -1)).transpose(2, 3)
             for part in (self.query, self.key, self.value)
         )
-        mixed = scaled_dot_product_attention(query, key, value).transpose(2, 3)
+        mixed = full_attention(query, key, value).transpose(2, 3)
         result: Tensor = x + self.output(mixed.reshape(x.shape))
         return result
 
