@@ -31,7 +31,11 @@ from sixfold_data.build_text import decode_text
 from sixfold_data.tokenizers import ByteTokenizer
 from sixfold_data.traits import GREY_MODES
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff"})
+FOREIGN_SUFFIXES = frozenset(
+    {".heic", ".heif", ".jxl", ".jp2", ".psd", ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2"}
+)
+"""Pictures too, which Pillow reads with a plugin or not at all; whoever has such a file means it to be a sample."""
 KEPT_FORMATS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}  # stored as they are; other formats become PNG
 
 Item = TypeVar("Item")
@@ -79,26 +83,29 @@ def build_images(source: Path, options: BuildOptions, image_size: int | None = N
     Raises:
         DataError: there are no images, too many are unreadable, or the output is not empty.
     """
-    files = _image_files(source)
+    files, others = _image_files(source)
     pictures, classes = _labelled(source, files, options.val_fraction)
-    return _build(
-        pictures, options, image_size, classes=classes, remarks=[] if classes else _why_unlabelled(source, files)
-    )
+    remarks = [*([] if classes else _why_unlabelled(source, files)), *map(_left_out, others)]
+    return _build(pictures, options, image_size, classes=classes, remarks=remarks)
 
 
 def build_image_text(source: Path, options: BuildOptions, image_size: int | None = None) -> BuildReport:
     """Build a data set of captioned images: beside each image ``x.png`` stands its caption ``x.txt``.
 
-    An image without a caption counts as unreadable. See :func:`build_images` for arguments and errors.
+    An image without a caption counts as unreadable, and so does a caption without an image. See
+    :func:`build_images` for arguments and errors.
     """
-    files = _image_files(source)
+    files, others = _image_files(source)
     names = [file.relative_to(source).as_posix() for file in files]
     splits = assign_splits(names, options.val_fraction)
     pictures = [
         Picture(file=file, name=name, split=split, caption=file.with_suffix(".txt"))
         for file, name, split in zip(files, names, splits, strict=True)
     ]
-    return _build(pictures, options, image_size)
+    captioned = {file.with_suffix("") for file in files}
+    strays = [file for file in others if file.suffix == ".txt" and file.with_suffix("") not in captioned]
+    remarks = [_left_out(file) for file in others if file.suffix != ".txt"]
+    return _build(pictures, options, image_size, strays=strays, remarks=remarks)
 
 
 def encode_image(data: bytes, image_size: int | None) -> EncodedImage:
@@ -133,14 +140,16 @@ def encode_png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _image_files(source: Path) -> list[Path]:
+def _image_files(source: Path) -> tuple[list[Path], list[Path]]:
+    """Return the images below a folder, and the files there that are none."""
     if not source.is_dir():
         raise DataError.of(
             "this is a file, not a folder" if source.exists() else "there is no such folder",
             where=str(source),
             fix="name a folder that holds images",
         )
-    files = [file for file in files_below(source) if file.suffix.lower() in IMAGE_SUFFIXES]
+    found = files_below(source)
+    files = [file for file in found if file.suffix.lower() in IMAGE_SUFFIXES | FOREIGN_SUFFIXES]
     if not files:
         raise DataError.of(
             "there are no images in this folder",
@@ -148,7 +157,12 @@ def _image_files(source: Path) -> list[Path]:
             allowed=", ".join(sorted(IMAGE_SUFFIXES)),
             fix="name the folder that holds the images, at any depth",
         )
-    return files
+    images = set(files)
+    return files, [file for file in found if file not in images]
+
+
+def _left_out(file: Path) -> str:
+    return f"{file}: no image by its name, left out"
 
 
 def _labelled(source: Path, files: list[Path], val_fraction: float) -> tuple[list[Picture], list[str]]:
@@ -186,6 +200,7 @@ def _build(
     image_size: int | None,
     *,
     classes: Sequence[str] = (),
+    strays: Sequence[Path] = (),
     remarks: Sequence[str] = (),
 ) -> BuildReport:
     check_output(options.out)
@@ -196,7 +211,7 @@ def _build(
 
     def load(picture: Picture) -> _Loaded | ValueError:
         try:
-            image = encode_image(picture.file.read_bytes(), image_size)
+            image = _encode_file(picture.file, image_size)
             members = {image.extension: image.data}
             if picture.label is not None:
                 members["cls"] = str(picture.label).encode()
@@ -209,6 +224,8 @@ def _build(
         return _Loaded(members, image.size)
 
     with building(options) as work:
+        for file in strays:
+            work.rejects.add(file, "a caption without an image beside it")
         for number, (picture, loaded) in enumerate(ordered_map(load, pictures)):
             _write(work, picture, loaded, keys)
             options.progress(number + 1, len(pictures))
@@ -220,6 +237,16 @@ def _build(
             channels=max(channels, default=None),
             remarks=remarks,
         )
+
+
+def _encode_file(file: Path, image_size: int | None) -> EncodedImage:
+    suffix = file.suffix.lower()
+    try:
+        return encode_image(file.read_bytes(), image_size)
+    except ValueError as error:
+        if suffix not in FOREIGN_SUFFIXES:
+            raise
+        raise ValueError(f"{error} that can be read here; convert it from {suffix} to .png or .jpg") from error
 
 
 def _write(work: Building, picture: Picture, loaded: _Loaded | ValueError, keys: KeyMaker) -> None:

@@ -72,13 +72,16 @@ def build_documents(documents: Sequence[Document], options: BuildOptions, tokeni
     extension = storage_extension(made.vocabulary_size)
     with building(options) as work:
         keys = KeyMaker()
+        remarks = []
         for number, document in enumerate(documents):
             text = _read(document, work.rejects)
-            if text:
+            if text == "":
+                remarks.append(f"{document.name}: the file is empty and makes no document")
+            elif text is not None:
                 stored, tokens = _encode(made, text, extension)
                 work.writers[document.split].add(keys.key(document.name), {extension: stored}, tokens=tokens)
             options.progress(number + 1, len(documents))
-        return work.finish("text", tokenizer=made.description())
+        return work.finish("text", tokenizer=made.description(), remarks=remarks)
 
 
 def decode_text(data: bytes) -> str:
@@ -99,13 +102,13 @@ def _reader(file: Path) -> Callable[[], str]:
     return lambda: decode_text(file.read_bytes())
 
 
-def _read(document: Document, rejects: Rejects) -> str:
-    """Return the document's text; empty if it cannot be read, which is noted."""
+def _read(document: Document, rejects: Rejects) -> str | None:
+    """Return the document's text; None if it cannot be read, which is noted."""
     try:
         return document.read()
     except (OSError, ValueError) as error:
         rejects.add(document.name, str(error))
-        return ""
+        return None
 
 
 def _halves(file: Path, val_fraction: float) -> list[Document]:

@@ -100,6 +100,7 @@ def test_a_folder_gives_a_document_a_file_and_names_what_is_no_text(tmp_path):
         "latin.txt": "not UTF-8 at byte 3 (unexpected end of data)",
         "picture.bin": "a zero byte at 0: this is not text",
     }
+    assert report.remarks == ("empty.txt: the file is empty and makes no document",)
 
 
 def test_splits_depend_on_the_name_alone():
@@ -176,6 +177,34 @@ def test_captions_stand_beside_images(tmp_path):
     store = open_store(str(tmp_path / "out"))
     titles = {picture.title for picture in read_pictures(store, read_manifest(store), "train", 20)}
     assert titles <= {f"a photo of {number}" for number in range(1, 8)}
+
+
+def test_pictures_of_other_formats_are_read_or_named(tmp_path):
+    for number in range(4):
+        save(tmp_path / "in" / f"{number}.avif", number)
+    (tmp_path / "in" / "phone.HEIC").write_bytes(b"\0\0\0\x18ftypheic" + bytes(100))
+    (tmp_path / "in" / "notes.md").write_text("mine")
+    report = build_images(tmp_path / "in", BuildOptions(out=tmp_path / "out", val_fraction=0.0, corrupt_budget=1))
+    assert report.samples == {"train": 4}
+    ((where, what),) = [(Path(fault.where).name, fault.what) for fault in report.unreadable]
+    assert where == "phone.HEIC"
+    assert "convert it" in what
+    assert report.remarks == (f"{tmp_path}/in/notes.md: no image by its name, left out",)
+    with pytest.raises(DataError, match=r"phone\.HEIC"):
+        build_images(tmp_path / "in", BuildOptions(out=tmp_path / "strict", val_fraction=0.0, corrupt_budget=0))
+
+
+def test_a_caption_without_an_image_is_named_and_counted(tmp_path):
+    for number in range(6):
+        save(tmp_path / "in" / f"{number}.png", number)
+        (tmp_path / "in" / f"{number}.txt").write_text("a photo")
+    (tmp_path / "in" / "lost.txt").write_text("of what?")
+    report = build_image_text(tmp_path / "in", BuildOptions(out=tmp_path / "out"))
+    assert [(Path(fault.where).name, fault.what) for fault in report.unreadable] == [
+        ("lost.txt", "a caption without an image beside it")
+    ]
+    with pytest.raises(DataError, match=r"lost\.txt"):
+        build_image_text(tmp_path / "in", BuildOptions(out=tmp_path / "strict", corrupt_budget=0))
 
 
 def test_keys_have_no_dots_and_are_taken_once():

@@ -319,8 +319,10 @@ def print_build(report: BuildReport, as_json: bool) -> None:
         typer.echo(f"{split}: {samples} samples{tokens}, {format_bytes(report.bytes[split])}")
     classes = f", {len(report.classes)} classes" if report.classes else ""
     typer.echo(f"built {report.kind}{classes} in {report.out}, fingerprint {report.fingerprint[:16]}")
-    for remark in report.remarks:
+    for remark in report.remarks[:REMARKS_SHOWN]:
         typer.echo(remark, err=True)
+    if len(report.remarks) > REMARKS_SHOWN:
+        typer.echo(f"and {len(report.remarks) - REMARKS_SHOWN} more remarks (--json lists all)", err=True)
     _print_faults("files that could not be read", report.unreadable)
 
 
