@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,6 +18,10 @@ from sixfold_data.members import Row, Unreadable
 from sixfold_data.order import EpochOrder, Places
 from sixfold_data.selection import Chosen
 from sixfold_data.tokenizers import Tokenizer, make_tokenizer
+
+logger = logging.getLogger(__name__)
+
+_CAPTION_SHOWN = 200
 
 
 class ImageSource:
@@ -110,13 +115,33 @@ class ImageSource:
 def encode_caption(tokenizer: Tokenizer, text: bytes, length: int) -> Int64[np.ndarray, " length"]:
     """Return a caption's tokens, cut to leave room for one end of text and padded with it.
 
+    The first one to be cut is named in a warning, once a process.
+
     Raises:
         UnicodeDecodeError: the text is not UTF-8.
     """
     tokens = np.full(length, tokenizer.end_of_text, dtype=np.int64)
-    encoded = tokenizer.encode(text.decode("utf-8").strip())[: length - 1]
-    tokens[: len(encoded)] = encoded
+    caption = text.decode("utf-8").strip()
+    encoded = tokenizer.encode(caption)
+    if len(encoded) >= length:
+        _warn_of_cut(length, len(encoded), caption)
+    kept = encoded[: length - 1]
+    tokens[: len(kept)] = kept
     return tokens
+
+
+_cut_lengths: set[int] = set()
+
+
+def _warn_of_cut(length: int, tokens: int, caption: str) -> None:
+    if length not in _cut_lengths:
+        _cut_lengths.add(length)
+        logger.warning(
+            "captions are cut to %d tokens (data.caption_length, less one for the end); the first longer has %d: %r",
+            length - 1,
+            tokens,
+            caption[:_CAPTION_SHOWN],
+        )
 
 
 def stored_image_size(manifest: Manifest, where: str) -> tuple[int, int]:

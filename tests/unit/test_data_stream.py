@@ -221,7 +221,7 @@ def test_resume_at_sample_ten_million_does_not_read_what_went_before(tmp_path):
     assert len(source.order._blocks._values) <= 64
 
 
-def test_captions_come_as_padded_tokens(tmp_path):
+def test_captions_come_as_padded_tokens_and_a_cut_one_is_told_of(tmp_path, caplog):
     root, texts = tmp_path / "captioned", ["a cat", "ein Übermaß an Text", ""]
     with building(BuildOptions(out=root, val_fraction=0.0)) as work:
         for number, text in enumerate(texts):
@@ -232,3 +232,6 @@ def test_captions_come_as_padded_tokens(tmp_path):
     for number, caption in zip(numbers_of(batch["image"]), batch["caption"], strict=True):
         kept = texts[number].encode()[:11]
         assert caption.tolist() == [*kept, *[256] * (12 - len(kept))]
+    (warning,) = (record.getMessage() for record in caplog.records if "captions" in record.getMessage())
+    assert "data.caption_length" in warning
+    assert repr(texts[1]) in warning

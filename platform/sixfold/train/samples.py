@@ -119,7 +119,7 @@ def _decoded(networks: Networks, drawn: Tensor, latents: LatentsEntry) -> Tensor
 
 
 _WRITTEN = ("grid.png", "texts.txt", f"sample-{'[0-9]' * 6}.png", "samples.jsonl", "samples.npz")
-"""What :meth:`Samples.write_all` may leave in a folder."""
+"""What :meth:`Samples.write` may leave in a folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,8 +170,8 @@ class Samples:
         path.write_text(separator.join(self.texts), encoding="utf-8")
         return path
 
-    def write_all(self, folder: Path) -> list[Path]:
-        """Write every sample (PNG files, or one JSONL), an overview, and ``samples.npz`` with all arrays.
+    def write(self, folder: Path, *, overview_only: bool = False) -> list[Path]:
+        """Write an overview and, unless that is all, every sample (PNG files, or one JSONL) and ``samples.npz``.
 
         An earlier draw's files go: among fewer new samples the rest of them would pass for new.
         """
@@ -180,6 +180,8 @@ class Samples:
             for earlier in folder.glob(pattern):
                 earlier.unlink()
         written = [self.write_overview(folder, "grid" if self.are_images else "texts")]
+        if overview_only:
+            return written
         if self.are_images:
             for number, image in enumerate(self.fields["image"]):
                 written.append(folder / f"sample-{number:06d}.png")

@@ -14,6 +14,7 @@ from torch import Tensor
 from sixfold.config.schema import Slot, nearest
 from sixfold.errors import UserError
 from sixfold.evaluation.grid import to_picture
+from sixfold.models.text_encoder.config import CAPTION
 from sixfold.recipe.checks import check_recipe
 from sixfold.recipe.recipe import Recipe
 from sixfold.samplers.config import EulerConfig, SamplingConfig
@@ -86,14 +87,13 @@ def sample_run(run: Path, options: SampleOptions) -> Written:
     )
     step = trained.candidate.step
     if options.shards is not None:
-        files = _write_shards(options.shards, _passes(trained, recipe, options, conditions, info), info)
+        files = write_shards(options.shards, _passes(trained, recipe, options, conditions, info), info)
         return Written(step=step, folder=options.shards, files=files, preview=[])
     parts = list(_passes(trained, recipe, options, conditions, info))
     fields = {name: torch.cat([part.fields[name] for part in parts]) for name in parts[0].fields}
     samples = Samples(fields=fields, conditions=conditions, info=info)
     folder = options.out if options.out is not None else RunFolder(run).samples / f"drawn-step_{step}"
-    overview = "grid" if samples.are_images else "texts"
-    files = [samples.write_overview(folder, overview)] if options.grid_only else samples.write_all(folder)
+    files = samples.write(folder, overview_only=options.grid_only)
     preview = [] if samples.are_images else [text[:_PREVIEW_CHARACTERS] for text in samples.texts[:1]]
     return Written(step=step, folder=folder, files=files, preview=preview)
 
@@ -183,23 +183,37 @@ def _passes(
         yield Samples(fields=fields, conditions=own, info=info)
 
 
-def _write_shards(folder: Path, passes: Iterator[Samples], info: DataInfo) -> list[Path]:
-    """Write images, with labels where they were drawn for classes, as a data set that a recipe can train on."""
+def write_shards(folder: Path, passes: Iterator[Samples], info: DataInfo) -> list[Path]:
+    """Write images as a data set that a recipe can train on, with the classes or the captions they were drawn for.
+
+    Raises:
+        UserError: the samples are texts.
+        DataError: the folder is not empty.
+    """
     number, channels, height, width = 0, 0, 0, 0
-    classes: tuple[str, ...] = ()
+    labelled = captioned = False
     with building(BuildOptions(out=folder, val_fraction=0.0)) as work:
         for samples in passes:
             if not samples.are_images:
                 raise UserError.of("shards hold images, this run generates text", where="--shards", fix="leave it out")
             images, labels = samples.fields["image"], samples.conditions.get("label")
+            labelled, captioned = labels is not None, CAPTION in samples.conditions
+            texts = samples.captions if captioned else None
             _, channels, height, width = images.shape
-            classes = () if labels is None else info.classes
             for row, image in enumerate(images):
                 members = {"png": encode_png(to_picture(image))}
                 label = None if labels is None else int(labels[row])
                 if label is not None:
                     members["cls"] = str(label).encode()
-                work.writers[TRAIN].add(f"sample-{number:08d}", members, label=label, size=(height, width))
+                if texts is not None:
+                    members["txt"] = texts[row].encode()
+                work.writers[TRAIN].add(f"sample-{number:08d}", members, label=label)
                 number += 1
-        work.finish("images", classes=classes, image_size=(height, width), channels=channels)
+        work.finish(
+            "image-text" if captioned else "images",
+            classes=info.classes if labelled else (),
+            tokenizer=info.tokenizer.description() if captioned and info.tokenizer is not None else None,
+            image_size=(height, width),
+            channels=channels,
+        )
     return sorted(folder.rglob("*.tar"))
