@@ -31,12 +31,14 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__fi
 
 
 @pytest.mark.timeout(600)
-def test_twenty_preemptions_lose_nothing(demo_data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("disturbance", ["preempt", "kill"])
+def test_twenty_disturbances_lose_nothing(disturbance: str, demo_data: Path, tmp_path: Path) -> None:
+    """Asked to stop, or killed with -9, at any moment, saves and collectives included."""
     recipe = load_recipe("flow/dit-smoke", [f"data.path={demo_data / 'digits'}", *SETTINGS]).recipe
-    for name in ("preempted", "undisturbed"):
+    for name in ("disturbed", "undisturbed"):
         take_up(prepare_run_folder(recipe, tmp_path / name, resume=True), recipe)
     ended = subprocess.run(
-        [sys.executable, "-m", "preemption_trials", str(tmp_path), str(TRIALS)],
+        [sys.executable, "-m", "rank_trials", disturbance, str(tmp_path), str(TRIALS)],
         env=ENVIRONMENT,
         capture_output=True,
         text=True,

@@ -1,4 +1,4 @@
-"""Two ranks that train, are asked to stop at some moment, and go on in the next trial; run by tests.
+"""Two ranks that train, are asked to stop or killed at some moment, and go on in the next trial; run by tests.
 
 Ranks are forked from this process, which has imported everything but runs no threads: a trial costs a second instead of
 an import of torch. They enter where a launcher's ranks do, with requests blocked until they can hear them.
@@ -97,7 +97,29 @@ def wait_for_steps(run: Path, more: int) -> None:
         time.sleep(0.01)
 
 
-def trial(run: Path, number: int, chance: random.Random) -> float:
+def kill(run: Path, number: int, chance: random.Random) -> float:
+    """Kill one rank at a random moment after a step, or while a checkpoint is written; its launcher ends the other."""
+    ranks = Ranks(run)
+    wait_for_steps(run, (newest_loss(run) if (run / "events.jsonl").exists() else 0) + 1)
+    if number % 2:
+        wait_for_save(run)
+    time.sleep(chance.uniform(0.0, 0.05 if number % 2 else 0.1))
+    killed = chance.randrange(RANKS)
+    for rank in (killed, 1 - killed):
+        ranks.ask(rank, number=signal.SIGKILL)
+        assert os.waitstatus_to_exitcode(os.waitpid(ranks.pids[rank], 0)[1]) == -signal.SIGKILL
+    return 0.0
+
+
+def wait_for_save(run: Path) -> None:
+    """Wait until a checkpoint is being written."""
+    deadline = time.monotonic() + GRACE_S
+    while not list((run / "checkpoints").glob("*.tmp-*")):
+        assert time.monotonic() < deadline, "no checkpoint was seen being written"
+        time.sleep(0.0005)
+
+
+def preempt(run: Path, number: int, chance: random.Random) -> float:
     """Ask at one kind of moment: anywhere from the first, while a checkpoint is written, or inside a collective."""
     reached = newest_loss(run) if (run / "events.jsonl").exists() else 0
     ranks = Ranks(run)
@@ -111,11 +133,8 @@ def trial(run: Path, number: int, chance: random.Random) -> float:
         ranks.ask(chance.randrange(RANKS))  # one rank hears it, all stop
     elif kind == 2:
         wait_for_steps(run, reached + 1)
-        deadline = time.monotonic() + GRACE_S
-        while not list((run / "checkpoints").glob("*.tmp-*")):
-            assert time.monotonic() < deadline, "no checkpoint was seen being written"
-            time.sleep(0.0005)
-        ranks.ask(0, 1)  # while it is written
+        wait_for_save(run)
+        ranks.ask(0, 1)
     else:
         wait_for_steps(run, reached + 1)
         waiting = chance.randrange(RANKS)
@@ -129,20 +148,23 @@ def trial(run: Path, number: int, chance: random.Random) -> float:
     return seconds
 
 
-def main(folder: Path, trials: int) -> None:
-    """Preempt one run over and over, train another undisturbed as far, and print what was found."""
+DISTURBANCES = {"preempt": preempt, "kill": kill}
+
+
+def main(disturbance: str, folder: Path, trials: int) -> None:
+    """Disturb one run over and over, train another undisturbed as far, and print what was found."""
     torch.set_num_threads(1)
     chance = random.Random(int.from_bytes(os.urandom(4), "little"))
-    preempted, undisturbed = folder / "preempted", folder / "undisturbed"
-    recipe = load_recipe(preempted / "recipe.yaml").recipe
+    disturbed, undisturbed = folder / "disturbed", folder / "undisturbed"
+    recipe = load_recipe(disturbed / "recipe.yaml").recipe
     for component in (recipe.objective, recipe.engine, *recipe.networks.values()):
         component.load()  # its modules are imported here, once
-    seconds = [trial(preempted, number, chance) for number in range(trials)]
-    ranks, until = Ranks(undisturbed), newest_loss(preempted)
+    seconds = [DISTURBANCES[disturbance](disturbed, number, chance) for number in range(trials)]
+    ranks, until = Ranks(undisturbed), newest_loss(disturbed)
     wait_for_steps(undisturbed, until)
     ranks.ask(0, 1)
     ranks.end()
-    losses = [read_metrics(run)["train/loss"] for run in (preempted, undisturbed)]
+    losses = [read_metrics(run)["train/loss"] for run in (disturbed, undisturbed)]
     print(
         json.dumps(
             {
@@ -156,4 +178,4 @@ def main(folder: Path, trials: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))
