@@ -13,6 +13,7 @@ from PIL import Image
 
 from data_sets import make_mixed_images, shades_of
 from sixfold.errors import DataError
+from sixfold.recipe.load import load_recipe
 from sixfold_data.buckets import nearest_buckets
 from sixfold_data.build import BuildOptions
 from sixfold_data.build_images import build_image_text
@@ -225,3 +226,12 @@ def test_sizes_follow_from_an_area():
     assert all(h * w <= 1024**2 and max(h, w) <= 2 * min(h, w) and h % 64 == w % 64 == 0 for h, w in shapes)
     with pytest.raises(ValueError, match="different aspect ratios"):
         BucketsConfig(sizes=((8, 8), (16, 16)))
+
+
+def test_the_full_size_recipes_buckets_fit_its_network_and_are_what_the_command_makes():
+    recipe = load_recipe("flow/mmdit-2b").recipe
+    cells, network = recipe.data.buckets.shapes, recipe.networks["denoiser"]
+    assert len(cells) == 13
+    assert all(side % network.patch_size == 0 and side <= network.largest_side for shape in cells for side in shape)
+    pixels = BucketsConfig(area=65536, step=16).shapes
+    assert cells == tuple((height // 8, width // 8) for height, width in pixels)

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 from latent_cases import codec_run, make_scenes
@@ -14,7 +15,9 @@ from sixfold.errors import DataError, UserError
 from sixfold.models.network import reset_buffers
 from sixfold.train.encoding import codec_of, encode_in, plan_job
 from sixfold.train.roles import read_trained
-from sixfold_data.config import DataConfig
+from sixfold_data.build import BuildOptions
+from sixfold_data.build_images import build_image_text
+from sixfold_data.config import BucketsConfig, DataConfig
 from sixfold_data.describe import describe
 from sixfold_data.encode import finish_job, finished_samples, open_job, pieces_of
 from sixfold_data.evaluation import EvaluationReader
@@ -124,6 +127,56 @@ def test_damaged_images_are_left_out_within_a_budget(run, scenes, tmp_path):
     report = encode(run, tmp_path / "scenes", tmp_path / "some", corrupt_budget=1)
     assert report.samples["train"] == 35
     assert "checksum" in report.remarks[0]
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """Captioned pictures of several sizes."""
+    pictures, random = tmp_path_factory.mktemp("mixed") / "pictures", np.random.default_rng(0)
+    pictures.mkdir()
+    for number in range(15):
+        size = ((40, 40), (36, 50), (60, 33))[number % 3]
+        Image.fromarray(random.integers(0, 256, (*size, 3), dtype=np.uint8)).save(pictures / f"p{number:02d}.png")
+        (pictures / f"p{number:02d}.txt").write_text(f"picture {number}")
+    build_image_text(pictures, BuildOptions(out=pictures.parent / "set", val_fraction=0.2))
+    return pictures.parent / "set"
+
+
+PIXELS = BucketsConfig(sizes=((32, 32), (48, 32), (32, 48)))
+CELLS = BucketsConfig(sizes=((8, 8), (12, 8), (8, 12)))
+
+
+def test_latents_of_several_aspect_ratios_are_encoded_and_read_in_buckets(run, mixed, tmp_path):
+    one = encode(run, mixed, tmp_path / "one", buckets=PIXELS)
+    two = encode(run, mixed, tmp_path / "two", buckets=PIXELS, ranks=2)
+    assert one.fingerprint == two.fingerprint
+    source = codec_of(run)
+    codec = source.architecture.load()(source.architecture)
+    reset_buffers(codec)
+    codec.load_state_dict(read_trained(source))
+    entry = describe(DataConfig(path=str(tmp_path / "one"), global_batch=1, buckets=CELLS)).latents
+    assert entry.size is None
+    shapes = set()
+    for images, latents in zip(batches_of(mixed, PIXELS), batches_of(tmp_path / "one", CELLS), strict=True):
+        assert torch.equal(images["caption"], latents["caption"])
+        mean, _ = latents["latent"].chunk(2, dim=1)
+        with torch.no_grad():
+            made = codec.eval()(images["image"], task="encode")["mean"]
+        assert (denormalized(mean, entry) - made).abs().max() < 2e-3 * made.abs().max()
+        shapes.add(tuple(mean.shape[2:]))
+    assert shapes == {(8, 8), (8, 12), (12, 8)}
+    assert not verify(open_store(str(tmp_path / "one")), lambda done, total: None).faults
+    with pytest.raises(DataError, match="latents of 12x8 cells are of none"):
+        list(batches_of(tmp_path / "one", BucketsConfig(sizes=((8, 8), (10, 8), (8, 12)))))
+    with pytest.raises(DataError, match=r"latents differ in size.*\n.*set data\.buckets"):
+        read(tmp_path / "one")
+    with pytest.raises(UserError, match="no multiple of 4"):
+        plan(run, mixed, buckets=BucketsConfig(sizes=((30, 32),)))
+
+
+def batches_of(path, buckets):
+    config = DataConfig(path=str(path), global_batch=1, caption_length=16, buckets=buckets)
+    return EvaluationReader(config, split="train", batch=8)
 
 
 def test_codes_are_written_as_integers(scenes, tmp_path):
