@@ -36,7 +36,7 @@ from sixfold.recipe.checks import check_recipe
 from sixfold.recipe.recipe import Recipe
 from sixfold.recipe.trained import resolve_networks
 from sixfold.train.rehearsal import batch_fields
-from sixfold.train.roles import names_of, settings_of
+from sixfold.train.roles import names_of, served_by, settings_of
 
 _CYCLE_STEPS = 60
 """Steps over which phases are counted: a multiple of the ratios between roles that recipes use."""
@@ -153,7 +153,9 @@ class _Cast:
         self._recipe, self._objective, self._networks, self._world = recipe, objective, networks, world
         self.engines = {role: self._engine(role) for role in names_of(objective, "trainable")}
         others = (*names_of(objective, "tracking"), *names_of(objective, "frozen"))
-        self.companions = {role: untrained_network(self._specification(role, self._served(role))) for role in others}
+        self.companions = {
+            role: untrained_network(self._specification(role, served_by(objective, role))) for role in others
+        }
         self.shapes = {role: self._shapes(role) for role in self.engines}
 
     def trace(self, phase: Phase) -> tuple[Readings, float, Mapping[Collective, float]]:
@@ -259,10 +261,6 @@ class _Cast:
             seed=0,
             world=self._world,
         )
-
-    def _served(self, role: str) -> str:
-        """The trainable role like which another is sharded."""
-        return self._objective.roles[role].follows or next(iter(self.engines))
 
     def _shapes(self, role: str) -> list[Parameter]:
         settings = settings_of(self._networks, self._objective.roles[role])

@@ -19,6 +19,7 @@ from sixfold.engine.base import NetworkSpecification
 from sixfold.engine.build import build_engine
 from sixfold.engine.companion import Companion, place
 from sixfold.engine.contract import Engine
+from sixfold.engine.precision import compute_dtype, compute_in
 from sixfold.errors import RecipeError
 from sixfold.models.network import reset_buffers
 from sixfold.models.settings import NetworkSettings
@@ -61,9 +62,8 @@ def build_roles(
     companions: dict[str, Companion] = {}
     for role in (*names_of(objective, "tracking"), *names_of(objective, "frozen")):
         part = objective.roles[role]
-        served = part.follows if part.follows is not None else next(iter(engines))
         specification = NetworkSpecification(
-            engine=recipe.engine_of(served),
+            engine=recipe.engine_of(served_by(objective, role)),
             network=settings_of(networks, part),
             role=role,
             seed=recipe.seed,
@@ -79,6 +79,12 @@ def build_roles(
 def names_of(objective: Objective, kind: str) -> list[str]:
     """The roles of one kind, in the objective's order."""
     return [role for role, part in objective.roles.items() if part.kind == kind]
+
+
+def served_by(objective: Objective, role: str) -> str:
+    """The trainable role whose engine a role is sharded like, and computes like: itself, or the one it serves."""
+    part = objective.roles[role]
+    return role if part.kind == "trainable" else part.follows or names_of(objective, "trainable")[0]
 
 
 def tracked_roles(objective: Objective) -> dict[str, list[str]]:
@@ -213,6 +219,8 @@ def load_networks(
 ) -> dict[str, nn.Module]:
     """Build every role's network whole, in evaluation mode, with a checkpoint's weights or those of the run it is from.
 
+    Each computes in the precision that training has on such a device: then measures are those of training.
+
     Raises:
         CheckpointError: the checkpoint lacks a role.
     """
@@ -230,5 +238,7 @@ def load_networks(
             else:
                 kept = averaged and part.kind == "trainable"
                 network.load_state_dict(read_parameters(candidate, role, averaged=kept))
+            precision = recipe.engine_of(served_by(objective, role)).precision
+            compute_in(network, compute_dtype(precision, device), device.type)
         loaded[role] = network.to(device).eval().requires_grad_(False)
     return loaded
