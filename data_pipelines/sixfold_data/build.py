@@ -94,6 +94,10 @@ class Building:
         self._staging = staging
         self._options = options
 
+    def write_file(self, name: str, content: bytes) -> None:
+        """Write a file beside the manifest, which the data set cannot be read without."""
+        write_atomically(self._staging / name, content)
+
     def finish(
         self,
         kind: Kind,

@@ -101,7 +101,7 @@ def describe(config: DataConfig) -> DataInfo:
             name: sum(max(0, (manifest.splits[name].tokens or 0) - 1) // length for manifest in manifests)
             for name in tokens
         }
-    tokenizer = None if first.tokenizer is None else make_tokenizer(first.tokenizer)
+    tokenizer = None if first.tokenizer is None else make_tokenizer(first.tokenizer, stores[0])
     size = first.image_size if config.image_size is None else (config.image_size, config.image_size)
     channels: int | None = first.channels
     if first.latents is not None:

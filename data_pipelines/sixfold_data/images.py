@@ -45,7 +45,7 @@ class ImageSource:
         size = self._resize or stored_image_size(manifest, members.store.url)
         height, width, channels = self._shape = (*size, manifest.channels or 3)
         self._caption_length = config.caption_length
-        self._tokenizer = None if manifest.tokenizer is None else make_tokenizer(manifest.tokenizer)
+        self._tokenizer = None if manifest.tokenizer is None else make_tokenizer(manifest.tokenizer, members.store)
         decoded_bytes = members.split_samples * height * width * channels
         fits = self._tokenizer is None and decoded_bytes <= config.keep_decoded_bytes
         self._kept: dict[int, Row] | None = {} if fits else None

@@ -199,7 +199,7 @@ class _Scan:
         if kind == "images":
             return None
         if former is not None:
-            return dict(make_tokenizer(former).description())
+            return dict(make_tokenizer(former, self._store).description())
         if self._traits.highest_token > ByteTokenizer.end_of_text:
             raise DataError.of(
                 f"the shards hold token {self._traits.highest_token}, which is no byte, and no index explains it",

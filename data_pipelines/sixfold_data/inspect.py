@@ -65,7 +65,7 @@ class Excerpt:
 
 def summarise(store: Store, manifest: Manifest) -> Summary:
     """Return the counts of a data set; reads the index only."""
-    tokenizer = make_tokenizer(manifest.tokenizer) if manifest.tokenizer is not None else None
+    tokenizer = make_tokenizer(manifest.tokenizer, store) if manifest.tokenizer is not None else None
     return Summary(
         url=store.url,
         kind=manifest.kind,
@@ -133,7 +133,7 @@ def read_texts(store: Store, manifest: Manifest, split: str, count: int, charact
     """Return the beginnings of ``count`` documents spread evenly over a split."""
     index = open_split(store, manifest, split)
     assert manifest.tokenizer is not None, "a text data set records its tokenizer"
-    tokenizer = make_tokenizer(manifest.tokenizer)
+    tokenizer = make_tokenizer(manifest.tokenizer, store)
     extension = next(name for name in STORAGE_DTYPES if name in index.members)
     excerpts = []
     for sample in _spread(index, count):

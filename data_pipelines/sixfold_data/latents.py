@@ -56,7 +56,7 @@ class LatentSource:
         self._shape, self._dtype = stored_shape(self._entry, size), stored_dtype(self._entry)
         self._header = npy_header(self._entry, size)
         self._caption_length = config.caption_length
-        self._tokenizer = None if manifest.tokenizer is None else make_tokenizer(manifest.tokenizer)
+        self._tokenizer = None if manifest.tokenizer is None else make_tokenizer(manifest.tokenizer, members.store)
 
     def rows(self, places: Places) -> list[Row | Unreadable]:
         """Read and decode some samples."""

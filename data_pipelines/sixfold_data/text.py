@@ -38,7 +38,7 @@ class TextSource:
         self.remote = members.remote
         self._members = members
         self._length = config.sequence_length
-        self._tokenizer = make_tokenizer(manifest.tokenizer)
+        self._tokenizer = make_tokenizer(manifest.tokenizer, members.store)
         self._extension = storage_extension(self._tokenizer.vocabulary_size)
         documents = epoch_order(config, index.shard_start, seed=seed, lanes=lanes)
         self._packing = Packing(

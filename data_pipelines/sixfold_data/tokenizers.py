@@ -1,17 +1,24 @@
-"""Tokenizers whose whole definition fits in the data set's manifest: bytes, and the characters of a corpus.
+"""Tokenizers: bytes, the characters of a corpus, and what a ``tokenizer.json`` defines.
 
-The last token of every vocabulary is *end of text*; it ends each document and stands for no bytes.
+In every vocabulary one token is *end of text*; it ends each document and stands for no bytes. The first two are defined
+by the data set's manifest alone, and there it is the last; a ``tokenizer.json`` lies beside the manifest, which has its
+hash.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from jaxtyping import Int64
 
 from sixfold.errors import DataError
+from sixfold_data.json_tokenizer import TOKENIZER_NAME, JsonTokenizer
+
+if TYPE_CHECKING:
+    from sixfold_data.store import Store
 
 
 class Tokenizer(Protocol):
@@ -108,22 +115,37 @@ class CharacterTokenizer:
         return {"type": "characters", "characters": self.characters}
 
 
-def make_tokenizer(description: Mapping[str, str]) -> Tokenizer:
-    """Make the tokenizer that a manifest records.
+def make_tokenizer(description: Mapping[str, str], store: Store) -> Tokenizer:
+    """Make the tokenizer that the manifest of a data set in ``store`` records.
 
     Raises:
-        DataError: the record names no known tokenizer.
+        DataError: the record names no known tokenizer, or its file is missing or another one.
+        EnvironmentFault: a package is missing that reads it.
     """
     match description:
         case {"type": "bytes"}:
             return ByteTokenizer()
         case {"type": "characters", "characters": characters}:
             return CharacterTokenizer(characters)
+        case {"type": "tokenizer.json", "sha256": sha256, "end_of_text": end_of_text}:
+            return _json_tokenizer(store, sha256, end_of_text)
     raise DataError.of(
         f"unknown tokenizer {dict(description)}",
-        allowed="type bytes, or type characters with its characters",
+        allowed="type bytes, type characters with its characters, type tokenizer.json with sha256 and end_of_text",
         fix="build the data set again with `sixfold data build text`",
     )
+
+
+def _json_tokenizer(store: Store, sha256: str, end_of_text: str) -> Tokenizer:
+    content = store.read_file(TOKENIZER_NAME)
+    where = f"{store.url}/{TOKENIZER_NAME}"
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise DataError.of(
+            "this is not the tokenizer that the data set was built with: its sha256 differs from the manifest's",
+            where=where,
+            fix="copy the data set again from its source, or build it again with the tokenizer that is meant",
+        )
+    return JsonTokenizer(content, end_of_text, where=where)
 
 
 def storage_extension(vocabulary_size: int) -> str:

@@ -58,14 +58,24 @@ def verify(store: Store, progress: Progress = lambda done, total: None) -> Verif
                     fix="build with --val-fraction above 0, or name shards for it: sixfold data index --split val=...",
                 )
             )
+    try:
+        vocabulary = None if manifest.tokenizer is None else make_tokenizer(manifest.tokenizer, store).vocabulary_size
+    except (DataError, EnvironmentFault) as error:
+        report.faults.extend(error.faults)
+        vocabulary = None
     total = sum(shard.size for entry in manifest.splits.values() for shard in entry.shards)
     for split in manifest.splits:
-        _verify_split(store, manifest, split, report, lambda: progress(report.bytes, total))
+        _verify_split(store, manifest, split, vocabulary, report, lambda: progress(report.bytes, total))
     return report
 
 
 def _verify_split(
-    store: Store, manifest: Manifest, split: str, report: VerifyReport, shard_done: Callable[[], None]
+    store: Store,
+    manifest: Manifest,
+    split: str,
+    vocabulary: int | None,
+    report: VerifyReport,
+    shard_done: Callable[[], None],
 ) -> None:
     report.faults.extend(_column_faults(store, manifest, split))
     try:
@@ -74,7 +84,7 @@ def _verify_split(
         report.faults.extend(fault for fault in error.faults if fault.where not in {f.where for f in report.faults})
         return
     for number, shard in enumerate(index.shards):
-        report.faults.extend(_shard_faults(store, manifest, index, number))
+        report.faults.extend(_shard_faults(store, manifest, index, vocabulary, number))
         report.shards += 1
         report.samples += shard.samples
         report.bytes += shard.size
@@ -97,7 +107,9 @@ def _column_faults(store: Store, manifest: Manifest, split: str) -> Iterator[Fau
             )
 
 
-def _shard_faults(store: Store, manifest: Manifest, index: SplitIndex, number: int) -> Iterator[Fault]:
+def _shard_faults(
+    store: Store, manifest: Manifest, index: SplitIndex, vocabulary: int | None, number: int
+) -> Iterator[Fault]:
     """Check one shard as a whole and, where it differs, each of its samples, so that the damage has a name."""
     shard = index.shards[number]
     where = f"{store.url}/{shard.path}"
@@ -120,7 +132,7 @@ def _shard_faults(store: Store, manifest: Manifest, index: SplitIndex, number: i
             what="the shard's bytes have changed: its sha256 differs from the index's", where=where, fix=_RESTORE
         )
     for sample in range(int(index.shard_start[number]), int(index.shard_start[number + 1])):
-        for reason in _sample_faults(manifest, index, sample, content):
+        for reason in _sample_faults(manifest, index, vocabulary, sample, content):
             yield Fault(what=reason, where=f"{where}: {index.key(sample)}", fix=_RESTORE)
 
 
@@ -129,7 +141,9 @@ def _map(file: Path, size: int) -> np.ndarray:
     return np.memmap(file, dtype=np.uint8, mode="r") if size else np.zeros(0, dtype=np.uint8)
 
 
-def _sample_faults(manifest: Manifest, index: SplitIndex, sample: int, content: np.ndarray) -> Iterator[str]:
+def _sample_faults(
+    manifest: Manifest, index: SplitIndex, vocabulary: int | None, sample: int, content: np.ndarray
+) -> Iterator[str]:
     """Yield what is wrong with one sample's members, label and tokens."""
     if index.label is not None and not -1 <= index.label[sample] < len(manifest.classes):
         yield f"the label {index.label[sample]} is out of range: there are {len(manifest.classes)} classes"
@@ -143,17 +157,19 @@ def _sample_faults(manifest: Manifest, index: SplitIndex, sample: int, content: 
         elif zlib.crc32(data) != member.crc32[sample]:
             yield f"the checksum of its .{extension} does not match the index"
         elif extension in _CHECKED:
-            yield from _member_faults(manifest, index, sample, extension, data)
+            yield from _member_faults(index, vocabulary, sample, extension, data)
 
 
-def _member_faults(manifest: Manifest, index: SplitIndex, sample: int, extension: str, data: bytes) -> Iterator[str]:
+def _member_faults(
+    index: SplitIndex, vocabulary: int | None, sample: int, extension: str, data: bytes
+) -> Iterator[str]:
     try:
         if extension in IMAGE_EXTENSIONS:
             yield from _size_faults(index, sample, decode_image(data).shape[:2])
         elif extension != "cls":  # the index holds the label; a member may be a class's name
             decoded = decode_member(extension, data)
             if extension in STORAGE_DTYPES:
-                yield from _token_faults(manifest, index, sample, np.asarray(decoded))
+                yield from _token_faults(index, vocabulary, sample, np.asarray(decoded))
     except UndecodableError as error:
         yield str(error)
 
@@ -165,11 +181,9 @@ def _size_faults(index: SplitIndex, sample: int, size: tuple[int, ...]) -> Itera
             yield "the image is {}x{}, the index says {}x{}".format(*size, *indexed)
 
 
-def _token_faults(manifest: Manifest, index: SplitIndex, sample: int, tokens: np.ndarray) -> Iterator[str]:
-    if manifest.tokenizer is not None:
-        vocabulary = make_tokenizer(manifest.tokenizer).vocabulary_size
-        if tokens.max(initial=0) >= vocabulary:
-            yield f"it holds token {tokens.max()}, but the vocabulary has {vocabulary}"
+def _token_faults(index: SplitIndex, vocabulary: int | None, sample: int, tokens: np.ndarray) -> Iterator[str]:
+    if vocabulary is not None and tokens.max(initial=0) >= vocabulary:
+        yield f"it holds token {tokens.max()}, but the vocabulary has {vocabulary}"
     if index.token_start is not None:
         counted = int(index.token_start[sample + 1] - index.token_start[sample])
         if counted != len(tokens):

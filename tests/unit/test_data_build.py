@@ -43,7 +43,8 @@ def samples(folder, split):
 
 
 def documents(folder, split):
-    tokenizer = make_tokenizer(read_manifest(open_store(str(folder))).tokenizer)
+    store = open_store(str(folder))
+    tokenizer = make_tokenizer(read_manifest(store).tokenizer, store)
     found = {}
     for key, members in samples(folder, split).items():
         ((extension, data),) = members.items()

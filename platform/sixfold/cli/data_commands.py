@@ -16,7 +16,7 @@ from sixfold.cli.data_views import format_bytes
 
 if TYPE_CHECKING:
     from sixfold.errors import Fault
-    from sixfold_data.build import BuildOptions, BuildReport
+    from sixfold_data.build import BuildReport
     from sixfold_data.inspect import Summary
 
 MIB = 2**20
@@ -41,13 +41,6 @@ class BuildKind(StrEnum):
     TEXT = "text"
     IMAGES = "images"
     IMAGE_TEXT = "image-text"
-
-
-class TokenizerName(StrEnum):
-    """Tokenizers a text can be built with."""
-
-    BYTES = "bytes"
-    CHARACTERS = "characters"
 
 
 class DemoName(StrEnum):
@@ -94,7 +87,15 @@ def build(
     out: OutOption,
     val_fraction: ValFractionOption = 0.1,
     shard_size: ShardSizeOption = 256,
-    tokenizer: Annotated[TokenizerName, typer.Option(help="For text.")] = TokenizerName.BYTES,
+    tokenizer: Annotated[
+        str, typer.Option(metavar="NAME|PATH", help="For text: bytes, characters, or a tokenizer.json.")
+    ] = "bytes",
+    end_of_text: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TOKEN", help="Token of a tokenizer.json that ends a document.", show_default="known ones"
+        ),
+    ] = None,
     image_size: Annotated[
         int | None,
         typer.Option(min=1, help="Crop images to the central square of this many pixels.", show_default="keep"),
@@ -113,18 +114,16 @@ def build(
             corrupt_budget=corrupt_budget,
             progress=told,
         )
-        report = _build(kind, source, options, tokenizer.value, image_size)
+        if kind is BuildKind.TEXT:
+            from sixfold_data.build_text import build_text
+
+            report = build_text(source, options, tokenizer, end_of_text=end_of_text)
+        else:
+            from sixfold_data.build_images import build_image_text, build_images
+
+            make = build_images if kind is BuildKind.IMAGES else build_image_text
+            report = make(source, options, image_size)
     print_build(report, as_json)
-
-
-def _build(kind: BuildKind, source: Path, options: BuildOptions, tokenizer: str, image_size: int | None) -> BuildReport:
-    if kind is BuildKind.TEXT:
-        from sixfold_data.build_text import build_text
-
-        return build_text(source, options, tokenizer)
-    from sixfold_data.build_images import build_image_text, build_images
-
-    return (build_images if kind is BuildKind.IMAGES else build_image_text)(source, options, image_size)
 
 
 def demo(
