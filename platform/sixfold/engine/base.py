@@ -51,6 +51,11 @@ class NetworkSpecification:
     seed: int
     world: World
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the network computes in."""
+        return compute_dtype(self.engine.precision, self.world.device)
+
 
 @dataclass(frozen=True, kw_only=True)
 class RoleSpecification(NetworkSpecification):
@@ -81,12 +86,11 @@ def network_on_meta(specification: NetworkSpecification) -> tuple[Network, dict[
 def prepare_blocks(network: Network, specification: NetworkSpecification) -> None:
     """Replace forwards: recomputation inside compilation inside autocast, all inside the hooks of sharding."""
     config = specification.engine
-    device = specification.world.device
     apply_activation_checkpointing(network, config)
     if config.compile:
         for block in network.blocks():
             block.forward = torch.compile(block.forward, fullgraph=True)  # hooks stay eager
-    compute_in(network, compute_dtype(config.precision, device), device.type)
+    compute_in(network, specification.dtype, specification.world.device.type)
 
 
 def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:

@@ -27,7 +27,9 @@ class DDPEngine(TorchEngine):
         network, tags = network_on_meta(specification)
         network.to_empty(device=specification.world.device)
         initialize(network, tags, seed=specification.seed, role=specification.role)
-        optimizer = build_optimizer(specification.optimizer, dict(network.named_parameters()), tags)
+        optimizer = build_optimizer(
+            specification.optimizer, dict(network.named_parameters()), tags, dtype=specification.dtype
+        )
         super().__init__(specification, network, _prepare(network, specification.world), optimizer)
 
     @contextmanager

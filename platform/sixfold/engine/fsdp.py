@@ -19,7 +19,6 @@ from sixfold.distributed.process_group import ensure_group
 from sixfold.engine.base import RoleSpecification, TorchEngine, network_on_meta
 from sixfold.engine.config import FSDPConfig
 from sixfold.engine.optimizers import build_optimizer
-from sixfold.engine.precision import compute_dtype
 from sixfold.engine.sharding import own_part
 from sixfold.models.network import Network, ParameterTag, initial_value, reset_buffers
 
@@ -34,13 +33,15 @@ class FSDPEngine(TorchEngine):
         with unset_fake_temporarily():  # a rehearsal's mesh must read its ranks, and meta tensors need no fakes
             self._mesh = sharding_mesh(specification.world, replicate=config.replicate)
             network, tags = network_on_meta(specification)
-            shard(network, self._mesh, config, compute_dtype(config.precision, specification.world.device))
+            shard(network, self._mesh, config, specification.dtype)
         network.to_empty(device=specification.world.device)
         initialize_shards(network, tags, seed=specification.seed, role=specification.role)
         _fix_gradient_dtypes(network)
         if active_fake_mode() is not None:
             _gather_once(network)
-        optimizer = build_optimizer(specification.optimizer, dict(network.named_parameters()), tags)
+        optimizer = build_optimizer(
+            specification.optimizer, dict(network.named_parameters()), tags, dtype=specification.dtype
+        )
         super().__init__(specification, network, network, optimizer)
 
     @contextmanager

@@ -41,16 +41,14 @@ def newton_schulz(matrices: Float[Tensor, "n rows columns"], *, steps: int) -> F
     """Replace each matrix's singular values by values in about [0.8, 1.2]: U S V^T becomes about U V^T.
 
     Singular values below ``SMALLEST`` of the largest are lifted as far as the steps reach. Iterates
-    X <- (a + b A + c A^2) X with A = X X^T on the smaller side; on CUDA in bf16, which the iteration tolerates,
-    elsewhere in the matrices' own precision.
+    X <- (a + b A + c A^2) X with A = X X^T on the smaller side, in the matrices' own precision; it tolerates bf16.
 
     Args:
         matrices: a batch of one shape.
         steps: at most ``STEPS_AT_MOST``.
     """
-    x = matrices.bfloat16() if matrices.is_cuda else matrices
-    tall = x.size(-2) > x.size(-1)
-    x = x.mT if tall else x
+    tall = matrices.size(-2) > matrices.size(-1)
+    x = matrices.mT if tall else matrices
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for step, (a, b, c) in enumerate(_QUINTICS[-steps:]):
         gram = x @ x.mT
@@ -59,4 +57,4 @@ def newton_schulz(matrices: Float[Tensor, "n rows columns"], *, steps: int) -> F
             bound = _MARGIN * square.float().norm(dim=(-2, -1), keepdim=True).pow(0.25).to(x.dtype) + 1e-7
             x, gram, square = x / bound, gram / bound**2, square / bound**4
         x = torch.baddbmm(x, gram.mul_(b).add_(square, alpha=c), x, beta=a)
-    return (x.mT if tall else x).to(matrices.dtype)
+    return x.mT if tall else x

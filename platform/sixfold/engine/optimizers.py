@@ -40,14 +40,25 @@ class Updater(Protocol):
 
 
 def build_optimizer(
-    config: OptimizerConfig, parameters: Mapping[str, nn.Parameter], tags: Mapping[str, ParameterTag]
+    config: OptimizerConfig,
+    parameters: Mapping[str, nn.Parameter],
+    tags: Mapping[str, ParameterTag],
+    *,
+    dtype: torch.dtype = torch.float32,
 ) -> Updater:
-    """Build the optimizer for named parameters (tensors or DTensors) and allocate its state."""
+    """Build the optimizer for named parameters (tensors or DTensors) and allocate its state.
+
+    Args:
+        config: the update rule.
+        parameters: what it updates, by name.
+        tags: how each parameter is to be treated.
+        dtype: what the network computes in; Muon orthogonalises in it, as the iteration tolerates bf16.
+    """
     if isinstance(config, AdamWConfig):
         return AdamW(config, config.lr, parameters, tags)
     matrices = {name: value for name, value in parameters.items() if tags[name].matrix}
     rest = {name: value for name, value in parameters.items() if not tags[name].matrix}
-    return MuonWithAdamW(Muon(config, matrices, tags), AdamW(config.adamw, config.adamw.lr, rest, tags))
+    return MuonWithAdamW(Muon(config, matrices, tags, dtype), AdamW(config.adamw, config.adamw.lr, rest, tags))
 
 
 def parameter_groups(
@@ -134,9 +145,13 @@ class Muon:
     """
 
     def __init__(
-        self, config: MuonConfig, parameters: Mapping[str, nn.Parameter], tags: Mapping[str, ParameterTag]
+        self,
+        config: MuonConfig,
+        parameters: Mapping[str, nn.Parameter],
+        tags: Mapping[str, ParameterTag],
+        dtype: torch.dtype,
     ) -> None:
-        self._config = config
+        self._config, self._dtype = config, dtype
         self._parameters = parameters
         self._tags = tags
         self._momentum = {name: torch.zeros_like(value) for name, value in parameters.items()}
@@ -153,11 +168,11 @@ class Muon:
                 by_shape[matrices.shape[-2:]].append((name, matrices))
         for members in by_shape.values():
             stacks = [matrices.reshape(-1, *matrices.shape[-2:]) for _, matrices in members]
-            updates = newton_schulz(torch.cat(stacks), steps=self._config.newton_schulz_steps)
+            updates = newton_schulz(torch.cat(stacks).to(self._dtype), steps=self._config.newton_schulz_steps)
             for (name, matrices), update in zip(
                 members, torch.split(updates, [len(stack) for stack in stacks]), strict=True
             ):
-                self._apply(name, update.reshape(matrices.shape), factor)
+                self._apply(name, update.reshape(matrices.shape).to(matrices.dtype), factor)
 
     def slots(self) -> Slots:
         """Return the momentum buffers by name."""

@@ -178,7 +178,7 @@ def _rehearse_replicated(
     network.to_empty(device=specification.world.device)
     torch.autograd.backward(loss(network))
     parameters = dict(network.named_parameters())
-    optimizer = build_optimizer(specification.optimizer, parameters, tags)
+    optimizer = build_optimizer(specification.optimizer, parameters, tags, dtype=specification.dtype)
     optimizer.step(1.0)
     whole = _bytes(parameters.values())
     slots = _bytes(value for slots in optimizer.slots().values() for value in slots.values())
