@@ -48,6 +48,9 @@ def run(
 ) -> None:
     """Train a recipe, or run a pipeline's stages, on this machine.
 
+    Of a pipeline, stages.NAME=null leaves a stage out, stages.NAME.enabled=true runs one that is off by default, and
+    all_stages=true runs all; --dry-run lists them.
+
     Example: sixfold run flow/dit-smoke train.steps=200 --nproc 2
     """
     from sixfold.errors import UserError
@@ -100,14 +103,14 @@ def _run_pipeline(source: Path, overrides: list[str], run_dir: Path | None, *, d
     pipeline = load_pipeline(source, overrides)
     root = run_dir if run_dir is not None else RUNS / pipeline.name
     if dry_run:
-        _print_stages(plan(pipeline, root), as_json=as_json)
+        _print_stages(plan(pipeline, root), pipeline.left_out, as_json=as_json)
         return
     code = run_pipeline(pipeline, root, typer.echo)
     if code:
         raise typer.Exit(exit_code_of(code))
 
 
-def _print_stages(stages: Sequence[PlannedStage], *, as_json: bool) -> None:
+def _print_stages(stages: Sequence[PlannedStage], left_out: Sequence[str], *, as_json: bool) -> None:
     if as_json:
         records = [
             {
@@ -119,11 +122,13 @@ def _print_stages(stages: Sequence[PlannedStage], *, as_json: bool) -> None:
             }
             for stage in stages
         ]
-        typer.echo(json.dumps({"stages": records}))
+        typer.echo(json.dumps({"stages": records, "left_out": left_out}))
         return
     for stage in stages:
         typer.echo(f"{stage.name}: {'finished, in' if stage.finished else 'would make'} {stage.folder}")
         typer.echo(f"  sixfold {' '.join(stage.command)}")
+    if left_out:
+        typer.echo(f"left out: {', '.join(left_out)} (stages.<name>.enabled=true runs one, all_stages=true every one)")
 
 
 def _rehearse(recipe: Recipe, world_size: int, *, as_json: bool) -> None:

@@ -1,4 +1,8 @@
-"""What a pipeline file says: stages that are run in turn, each from the outputs of earlier ones; torch-free."""
+"""What a pipeline file says: stages that are run in turn, each from the outputs of earlier ones; torch-free.
+
+``stages.<name>=null`` leaves a stage out, ``enabled: false`` until it is asked for; commands that take any number of
+stages, such as a table of runs, lose the words that refer to them.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +25,9 @@ _REFERENCE = re.compile(r"\{([a-z][a-z0-9-]*)\}")
 class _Stage(Config):
     """What every stage has."""
 
+    enabled: bool = Field(
+        True, description="Whether it is run; false: only with stages.<name>.enabled=true, or with all_stages."
+    )
     after: tuple[Name, ...] = Field((), strict=False, description="Stages to wait for that no setting refers to.")
 
     def references(self) -> list[str]:
@@ -63,7 +70,23 @@ class PipelineConfig(Config):
     )
     description: str = Field("", description="One line that `sixfold recipes` shows.")
     tracking: TrackingConfig = Field(MLflowConfig(type="mlflow"), description="Where its parent run is kept.")
+    all_stages: bool = Field(False, description="Run the stages that are not enabled, too.")
+    left_out: tuple[Name, ...] = Field(
+        (), strict=False, description="Stages that are not run: filled in with those that are null or not enabled."
+    )
     stages: dict[Name, StageConfig] = Field(min_length=1, description="The stages, in the order they are run.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out(cls, values: Any) -> Any:
+        """Take stages that are not to run out of the pipeline, and what refers to them out of commands' words."""
+        if not isinstance(values, dict) or not isinstance(values.get("stages"), dict):
+            return values
+        stages: dict[str, Any] = values["stages"]
+        out = {name for name, stage in stages.items() if _is_off(stage, every=values.get("all_stages") is True)}
+        out.update(values.get("left_out") or ())
+        kept = {name: _without(name, stage, out) for name, stage in stages.items() if name not in out}
+        return {**values, "left_out": [name for name in stages if name in out], "stages": kept}
 
     @model_validator(mode="after")
     def _refer_backwards(self) -> PipelineConfig:
@@ -79,6 +102,30 @@ class PipelineConfig(Config):
                 raise ValueError(f"no stage may be called {HERE}; rename it")
             before.append(name)
         return self
+
+
+def _is_off(stage: Any, *, every: bool) -> bool:
+    return stage is None or (isinstance(stage, dict) and stage.get("enabled") is False and not every)
+
+
+def _without(name: str, stage: Any, out: set[str]) -> Any:
+    """A stage as written, less the words of its command that refer to stages which are left out, and not after them."""
+    if not isinstance(stage, dict):
+        return stage
+    stage = dict(stage)
+    if isinstance(words := stage.get("command"), list):
+        stage["command"] = [word for word in words if not out.intersection(_REFERENCE.findall(str(word)))]
+    if isinstance(after := stage.get("after"), list):
+        stage["after"] = [other for other in after if other not in out]
+    for text in _texts(stage):
+        lacking = out.intersection(_REFERENCE.findall(text))
+        if lacking:
+            other = min(lacking)
+            raise ValueError(
+                f"stage {name} reads stage {other}, which is left out; leave it out, too (stages.{name}=null), "
+                f"or run {other} (stages.{other}.enabled=true)"
+            )
+    return stage
 
 
 def fill(value: Any, folders: dict[str, str]) -> Any:

@@ -48,7 +48,7 @@ def summarise(entry: CatalogueEntry) -> dict[str, str]:
     networks = values.get("networks")
     stages = values.get("stages")
     if isinstance(stages, dict):
-        described = {"objective": "pipeline", "networks": " > ".join(stages), "engine": ""}
+        described = {"objective": "pipeline", "networks": " > ".join(_enabled(stages)), "engine": ""}
         return {"name": entry.name, "path": display_path(entry.path), **described} | {
             "description": str(values.get("description", ""))
         }
@@ -60,6 +60,10 @@ def summarise(entry: CatalogueEntry) -> dict[str, str]:
         "engine": _type_of(values.get("engine")),
         "description": str(values.get("description", "")),
     }
+
+
+def _enabled(stages: dict[str, Any]) -> list[str]:
+    return [name for name, stage in stages.items() if not (isinstance(stage, dict) and stage.get("enabled") is False)]
 
 
 def _type_of(section: Any) -> str:
