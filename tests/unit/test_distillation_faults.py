@@ -1,15 +1,19 @@
 """Distillation that cannot be: every misfit of teacher, student, heads and data is said before anything trains."""
 
 import pytest
+import torch
 
 from sixfold.errors import RecipeError
 from sixfold.models.dit.config import DiTConfig
 from sixfold.models.feature_heads.config import FeatureHeadsConfig
+from sixfold.models.mmdit.config import MMDiTConfig
+from sixfold.models.network import reset_buffers
 from sixfold.models.trained.network import TrainedNetwork
 from sixfold.models.unet.config import UNetConfig
 from sixfold.objectives.denoising.config import DenoisingConfig
 from sixfold.objectives.distillation.adversarial_config import AdversarialDistillationConfig
 from sixfold.objectives.distillation.consistency_config import ConsistencyConfig
+from sixfold.objectives.distillation.derivatives import directional_derivative
 from sixfold.objectives.distillation.distribution_matching_config import DistributionMatchingConfig
 from sixfold.recipe.checks import check_recipe
 from sixfold.recipe.load import load_recipe
@@ -64,3 +68,38 @@ def test_a_discriminator_sees_more_than_one_sample_at_a_time():
     with pytest.raises(RecipeError, match="on 8 ranks: the discriminator would see one sample on each"):
         check_recipe(recipe, 8)
     load_recipe("distill/consistency-distill-smoke", ["engine.micro_batch=1"])
+
+
+def test_an_mmdit_gives_hidden_tokens_and_is_told_numbers():
+    config = MMDiTConfig(
+        image_size=4, patch_size=2, channels=1, width=16, depth=3, heads=2, text_tokens=3, text_width=8, pooled_width=8,
+        time_scale=1.0, scalars=("interval",),
+    )  # fmt: skip
+    assert "hidden_tokens" in config.provides
+    network = config.load()(config)
+    reset_buffers(network)
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    for parameter in network.parameters():
+        parameter.data = 0.3 * drawn(*parameter.shape)
+    x, time = drawn(2, 1, 4, 4), torch.tensor([0.3, 0.7])
+    text = {"text": drawn(2, 3, 8), "pooled": drawn(2, 8)}
+    plain = network(x, time, text)
+    prediction, (first, last) = network(x, time, text, read_after=(0, 2))
+    torch.testing.assert_close(prediction, plain)
+    assert first.shape == last.shape == (2, 4, 16)
+    assert (first - last).abs().max() > 0.1
+    torch.testing.assert_close(network(x, time, {**text, "interval": torch.zeros(2)}), plain)
+    interval = torch.tensor([0.2, 0.5])
+
+    def told(interval):
+        return network(x, time, {**text, "interval": interval})
+
+    _, slope = directional_derivative(told, (interval,), (torch.ones(2),))
+    with torch.no_grad():
+        expected = (told(interval + 1e-2) - told(interval - 1e-2)) / 2e-2
+    assert expected.abs().max() > 1e-3
+    torch.testing.assert_close(slope, expected, rtol=0.02, atol=0.02 * expected.abs().max().item())

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import relu
 
 from sixfold.distributed.randomness import PositionRandom
+from sixfold.errors import RecipeError
 from sixfold.objectives.contract import Networks, Phase, Progress, Role
 from sixfold.objectives.distillation.adversarial_config import AdversarialDistillationConfig
 from sixfold.objectives.distillation.common import (
@@ -40,6 +41,12 @@ class AdversarialDistillation(FewStepObjective):
         if config.features is None:
             require_hidden_tokens(networks_config, teacher, read_after=config.read_after, heads=config.discriminator)
         else:
+            if config.codec is not None:
+                raise RecipeError.of(
+                    f"networks.{config.features} reads images, and the samples are latents of networks.{config.codec}",
+                    where="objective.features",
+                    fix="leave objective.features out, and name blocks of the teacher in objective.read_after",
+                )
             self.roles = {**self.roles, "features": Role(kind="frozen", network=config.features)}
 
     def phases(self, progress: Progress) -> Sequence[Phase]:

@@ -121,11 +121,16 @@ class Consistency(FewStepObjective):
         return scale, {**drawn.condition, GUIDANCE: scale}
 
     def _distance(self, found: Float[Tensor, "n ..."], target: Float[Tensor, "n ..."]) -> Float[Tensor, " n"]:
-        """Squared error, a mean over dimensions; or sqrt(|.|^2 + c^2) - c, pseudo-Huber (2310.14189, eq. 7)."""
+        """Squared error, a mean over dimensions; pseudo-Huber (2310.14189, eq. 7); or Cauchy's (2502.01441)."""
         square = (found - target).square().flatten(1)
+        dims = square.shape[1]
+        if self.config.cauchy is not None:
+            return torch.log1p(square.sum(1) / (2.0 * dims * self.config.cauchy**2))
         if self.config.huber is None:
             return square.mean(1)
-        offset = self.config.huber * math.sqrt(square.shape[1])
+        if self.config.elementwise:
+            return (torch.sqrt(square + self.config.huber**2) - self.config.huber).mean(1)
+        offset = self.config.huber * math.sqrt(dims)
         return torch.sqrt(square.sum(1) + offset**2) - offset
 
 

@@ -73,6 +73,14 @@ class ConsistencyConfig(FewStepSettings):
         gt=0,
         description="c of sqrt(|.|^2 + d c^2) - sqrt(d) c over d dimensions (iCT: .00054); null: squared error.",
     )
+    elementwise: bool = Field(
+        False, description="Huber's distance of each dimension by itself, sqrt(.^2 + c^2) - c, and the mean (LCM)."
+    )
+    cauchy: float | None = Field(
+        None,
+        gt=0,
+        description="c of log(1 + |.|^2 / (2 d c^2)) over d dimensions, for latents (2502.01441); null: not.",
+    )
     weighting: Literal["uniform", "inverse_gap"] = Field(
         "uniform", description="inverse_gap divides by the difference of the two times (iCT)."
     )
@@ -81,3 +89,11 @@ class ConsistencyConfig(FewStepSettings):
         strict=False,
         description="Guide the teacher by scales uniform in this range and tell the student which (LCM, 2310.04378).",
     )
+
+    @model_validator(mode="after")
+    def _one_distance(self) -> ConsistencyConfig:
+        if self.cauchy is not None and self.huber is not None:
+            raise ValueError(f"expected huber or cauchy, got {self.huber} and {self.cauchy}; set one of them to null")
+        if self.elementwise and self.huber is None:
+            raise ValueError("elementwise is of Huber's distance, and huber is null; set huber (LCM: 0.001)")
+        return self

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sixfold.distributed.randomness import PositionRandom
@@ -67,7 +67,10 @@ class MeanFlow(FewStepObjective):
         return torch.where(empty, time, stop), time
 
     def _velocity(self, nets: Networks, x: Tensor, time: Tensor, drawn: Drawn) -> Float[Tensor, "n ..."]:
-        """Return the velocity that drives x: the teacher's, or the sample's own with guidance mixed in (eq. 19)."""
+        """Return the velocity that drives x: the teacher's, or the sample's own with guidance mixed in (eq. 19).
+
+        A sample whose condition was dropped stands for no condition, and keeps its own: guided it would follow itself.
+        """
         if self.teacher is not None:
             ends = self.teach(nets, x, 1.0 - time, time, drawn)
             return ends.noise - ends.data
@@ -77,4 +80,12 @@ class MeanFlow(FewStepObjective):
         with torch.no_grad():
             null = {**drawn.null, INTERVAL: torch.zeros_like(time)}
             unconditional: Tensor = nets["denoiser"](x, time, null).to(x.dtype)
-        return self.config.guidance * own + (1.0 - self.config.guidance) * unconditional
+        guided = self.config.guidance * own + (1.0 - self.config.guidance) * unconditional
+        return torch.where(unconditioned(drawn).reshape(-1, *[1] * (x.ndim - 1)), own, guided)
+
+
+def unconditioned(drawn: Drawn) -> Bool[Tensor, " n"]:
+    """Tell whose conditions are all absent."""
+    absent = [(value == drawn.null[name]).reshape(len(value), -1).all(1) for name, value in drawn.condition.items()]
+    everywhere = torch.ones(len(drawn.data), dtype=torch.bool, device=drawn.data.device)
+    return torch.stack([everywhere, *absent]).all(0)
