@@ -207,7 +207,7 @@ def write_shards(folder: Path, passes: Iterator[Samples], info: DataInfo) -> lis
                     members["cls"] = str(label).encode()
                 if texts is not None:
                     members["txt"] = texts[row].encode()
-                work.writers[TRAIN].add(f"sample-{number:08d}", members, label=label)
+                work.writers[TRAIN].add(f"sample-{number:08d}", members, label=label, size=(height, width))
                 number += 1
         work.finish(
             "image-text" if captioned else "images",
