@@ -15,6 +15,7 @@ from sixfold.objectives.distillation.adversarial_config import AdversarialDistil
 from sixfold.objectives.distillation.consistency_config import ConsistencyConfig
 from sixfold.objectives.distillation.derivatives import directional_derivative
 from sixfold.objectives.distillation.distribution_matching_config import DistributionMatchingConfig
+from sixfold.objectives.distillation.mean_flow_config import MeanFlowConfig
 from sixfold.recipe.checks import check_recipe
 from sixfold.recipe.load import load_recipe
 
@@ -48,7 +49,9 @@ def test_heads_read_tokens_of_their_width_from_a_network_that_has_some():
 
 
 @pytest.mark.parametrize(
-    ("config", "scalar"), [(ConsistencyConfig(embed_guidance=(1.0, 3.0)), "guidance")], ids=["guidance"]
+    ("config", "scalar"),
+    [(ConsistencyConfig(embed_guidance=(1.0, 3.0)), "guidance"), (MeanFlowConfig(teacher="teacher"), "interval")],
+    ids=["guidance", "interval"],
 )
 def test_a_student_takes_the_numbers_that_it_is_told(config, scalar):
     for network in (DIT, UNET):

@@ -45,7 +45,8 @@ PREDICTIONS = ["velocity", "noise", "v", "edm"]
 
 def images_of(size):
     """Settings of a denoiser of such images; tests call functions in its place."""
-    return DiTConfig(image_size=size, patch_size=1, channels=1, width=4, depth=1, heads=1)
+    numbers = ("interval", "guidance")
+    return DiTConfig(image_size=size, patch_size=1, channels=1, width=4, depth=1, heads=1, scalars=numbers)
 
 
 class Function(nn.Module):

@@ -81,9 +81,9 @@ class Told(torch.nn.Module):
         return (x - 0.25) / time.clamp(min=1e-6).reshape(-1, 1, 1, 1)
 
 
-def draw(student, **settings):
+def draw(student, *overrides, **settings):
     config = FewStepConfig(**settings)
-    recipe = load_recipe("distill/lcm-smoke").recipe
+    recipe = load_recipe("distill/lcm-smoke", overrides).recipe
     networks = resolve_networks(recipe, planning=True)
     sampler = config.load()(config, recipe.objective, networks)
     request = SampleRequest(seed=3, numbers=torch.arange(2), conditions={"label": torch.tensor([1, 2])})
@@ -102,6 +102,17 @@ def test_multistep_consistency_noises_the_data_anew_at_given_times():
     draw(kept, times=(1.0, 0.6, 0.2), stochastic=False)
     noises = [(x - (1 - time) * 0.25) / time for x, time, _ in kept.asked]
     torch.testing.assert_close(noises[1], noises[0], rtol=1e-4, atol=1e-4)
+
+
+def test_jumps_start_where_students_are_trained():
+    student = Told()
+    draw(student, steps=4)
+    assert [round(time, 6) for _, time, _ in student.asked] == [1.0, 0.75, 0.5, 0.25]
+    student = Told()
+    edm = ("objective.start=fresh", "objective.path.type=edm", "objective.prediction=v")
+    draw(student, *edm, steps=2)
+    middle = (0.5 * (80.0 ** (1 / 7) + 0.002 ** (1 / 7))) ** 7
+    assert [time for _, time, _ in student.asked] == pytest.approx([80.0, middle], rel=1e-5)
 
 
 def test_a_student_is_told_its_guidance():

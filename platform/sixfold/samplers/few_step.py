@@ -14,9 +14,10 @@ from sixfold.objectives.distillation.consistency import GUIDANCE
 from sixfold.objectives.distillation.mean_flow import INTERVAL
 from sixfold.objectives.distillation.view import on_path
 from sixfold.paths.predictions import Endpoints
-from sixfold.samplers.config import FewStepConfig
+from sixfold.samplers.config import FewStepConfig, UniformGridConfig
 from sixfold.samplers.contract import SampleRequest
 from sixfold.samplers.denoising import DenoisingSampler, Knots, NoiseSource, PredictEndpoints, everywhere, knots_at
+from sixfold.samplers.grids import first_time
 
 
 class FewStepSampler(DenoisingSampler):
@@ -49,9 +50,16 @@ class FewStepSampler(DenoisingSampler):
         return super().beliefs({**nets, "denoiser": student}, request)
 
     def _knots(self, steps: int | None) -> Knots:
-        if self.config.times is None or steps is not None:
+        """Return the given times; else, on an even grid, those at which students are trained for as many steps."""
+        if self.config.times is not None and steps is None:
+            return knots_at(self.path, torch.tensor(self.config.times, dtype=torch.float64))
+        if not isinstance(self.config.grid, UniformGridConfig):
             return self.knots(steps)
-        return knots_at(self.path, torch.tensor(self.config.times, dtype=torch.float64))
+        count = steps or self.config.steps
+        fractions = 1.0 - torch.arange(count, dtype=torch.float64) / count
+        start = first_time(self.path, needs_signal=self.objective.prediction == "noise")
+        times = self.path.shift(self.path.time_at_fraction(fractions), self.config.grid.shift)
+        return knots_at(self.path, times.clamp(max=start.item()))
 
 
 class _Told(nn.Module):

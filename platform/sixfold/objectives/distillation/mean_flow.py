@@ -12,7 +12,7 @@ from torch import Tensor
 from sixfold.distributed.randomness import PositionRandom
 from sixfold.errors import RecipeError
 from sixfold.objectives.contract import Networks, Phase
-from sixfold.objectives.distillation.common import Drawn, FewStepObjective, PerSample
+from sixfold.objectives.distillation.common import Drawn, FewStepObjective, PerSample, require_scalar
 from sixfold.objectives.distillation.derivatives import directional_derivative
 from sixfold.objectives.distillation.mean_flow_config import MeanFlowConfig
 from sixfold.objectives.distillation.view import on_path
@@ -38,6 +38,7 @@ class MeanFlow(FewStepObjective):
                 allowed="path rectified_flow with prediction velocity",
                 fix="set objective.path.type=rectified_flow and objective.prediction=velocity, with a fresh student",
             )
+        require_scalar(config, networks_config, INTERVAL, "a mean flow is told the interval that it averages over")
 
     def loss(self, nets: Networks, drawn: Drawn, phase: Phase, random: PositionRandom) -> PerSample:
         """Return the weighted squared error of each sample."""
