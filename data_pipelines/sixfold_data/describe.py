@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from sixfold.errors import DataError
 from sixfold_data.choice import Choice
 from sixfold_data.config import DataConfig
-from sixfold_data.index import Kind, LatentsEntry, Manifest, open_split, read_manifest
+from sixfold_data.index import Kind, LatentsEntry, Manifest, TextFeaturesEntry, open_split, read_manifest
 from sixfold_data.store import Store, open_store
 from sixfold_data.tokenizers import Tokenizer, make_tokenizer
 
@@ -31,6 +31,7 @@ class DataInfo:
         fingerprint: SHA-256 of the content.
         latents: what latents are and which codec decodes them; ``image_size`` and ``channels`` are then the latents'.
         buckets: heights and widths of the settings' buckets; empty without, and ``image_size`` is None with them.
+        text: features of captions that the samples come with, by the identity of the encoder that made them.
     """
 
     kind: Kind
@@ -45,6 +46,7 @@ class DataInfo:
     fingerprint: str
     latents: LatentsEntry | None = None
     buckets: tuple[tuple[int, int], ...] = ()
+    text: Mapping[str, TextFeaturesEntry] = field(default_factory=dict)
 
     @property
     def captioned(self) -> bool:
@@ -61,7 +63,7 @@ def combined_fingerprint(manifests: Sequence[Manifest]) -> str:
 def check_alike(manifests: Sequence[Manifest], paths: Sequence[str]) -> None:
     """Raise DataError unless all data sets of a mixture make batches of the same fields and shapes."""
     for manifest, path in zip(manifests, paths, strict=True):
-        for name in ("kind", "classes", "tokenizer", "image_size", "channels", "latents"):
+        for name in ("kind", "classes", "tokenizer", "image_size", "channels", "latents", "text"):
             expected, found = _comparable(manifests[0], name), _comparable(manifest, name)
             if expected != found:
                 raise DataError.of(
@@ -120,6 +122,7 @@ def describe(config: DataConfig) -> DataInfo:
         tokenizer=tokenizer,
         fingerprint=combined_fingerprint(manifests),
         latents=first.latents,
+        text=first.text,
         buckets=() if config.buckets is None else config.buckets.shapes,
     )
 

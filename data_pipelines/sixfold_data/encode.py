@@ -292,7 +292,7 @@ def finish_job(job: EncodeJob, staging: Path, out: Path) -> BuildReport:
         mine = {piece: record for piece, record in records.items() if piece.split == split}
         splits[split] = _merge(staging, whole, split, mine)
     statistics_from = [record for piece, record in records.items() if piece.split in (TRAIN, *list(splits)[:1])]
-    made = {"kind": "latents", "latents": _with_statistics(job.latents, statistics_from), "splits": splits}
+    made = {"kind": "latents", "latents": _with_statistics(job.latents, statistics_from), "splits": splits, "text": {}}
     size = job.sizes[0] if len(job.sizes) == 1 else None
     manifest = source.model_copy(update={**made, "format": FORMAT, "image_size": size}).sealed()
     write_atomically(whole / MANIFEST_NAME, manifest.to_bytes())

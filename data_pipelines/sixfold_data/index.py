@@ -96,6 +96,15 @@ class LatentsEntry(Config):
     )
 
 
+class TextFeaturesEntry(Config):
+    """What one frozen text encoder made of the captions; see :mod:`sixfold_data.text_features`."""
+
+    dtype: Literal["fp32", "bf16"] = Field(description="Type of the numbers.")
+    values: int = Field(ge=1, description="Numbers of one caption: its text tokens, then its pooled features.")
+    null: str = Field(description="File below the data set's root with what it makes of no caption.")
+    null_sha256: str = Field(description="Hash of that file.")
+
+
 class Manifest(Config):
     """``dataset.json``."""
 
@@ -112,14 +121,18 @@ class Manifest(Config):
     latents: LatentsEntry | None = Field(
         default=None, description="For kind latents, whose image_size and channels are those of the images encoded."
     )
+    text: dict[str, TextFeaturesEntry] = Field(
+        default_factory=dict, description="Features of captions, by the identity of the encoder that made them."
+    )
     splits: dict[str, SplitEntry] = Field(description="Splits by name.")
     fingerprint: str = Field(default="", description="SHA-256 of everything above except etags.")
 
     def computed_fingerprint(self) -> str:
         """Hash the manifest's content, etags and the recorded fingerprint left out."""
         content = self.model_dump(mode="json", exclude={"fingerprint"})
-        if content["latents"] is None:
-            del content["latents"]  # so that data sets without keep the fingerprints they had before there were any
+        for name in ("latents", "text"):
+            if not content[name]:
+                del content[name]  # so that data sets without keep the fingerprints they had before there were any
         for split in content["splits"].values():
             for shard in split["shards"]:
                 del shard["etag"]

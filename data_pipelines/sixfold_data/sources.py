@@ -17,6 +17,7 @@ from sixfold_data.order import EpochOrder, Places
 from sixfold_data.selection import choose
 from sixfold_data.store import open_store
 from sixfold_data.text import TextSource
+from sixfold_data.text_features import WithText
 
 
 class Source(Protocol):
@@ -76,7 +77,9 @@ def open_sources(config: DataConfig, path: str, split: str, *, seed: int | None,
     latents = manifest.kind == "latents"
     kind = LatentSource if latents else ImageSource
     buckets = (None,) if config.buckets is None else config.buckets.shapes
-    return [
+    parts = choose(config, members, latents=latents, lanes=lanes)
+    sources: list[Source] = [
         kind(config, manifest, chosen, bucket=bucket, seed=seed, lanes=lanes)
-        for bucket, chosen in zip(buckets, choose(config, members, latents=latents, lanes=lanes), strict=True)
+        for bucket, chosen in zip(buckets, parts, strict=True)
     ]
+    return [WithText(*pair) for pair in zip(sources, parts, strict=True)] if manifest.text else sources

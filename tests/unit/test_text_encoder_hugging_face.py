@@ -11,10 +11,9 @@ from sixfold.models.text_encoder.config import END_OF_TEXT, HuggingFaceTextConfi
 from sixfold.models.text_encoder.hugging_face import texts_of
 from sixfold.objectives.conditioning.conditioning import Conditioning
 from sixfold.objectives.conditioning.config import EncoderConfig
+from text_encoders import save_clip, save_t5, save_tokenizer
 
 transformers = pytest.importorskip("transformers")
-
-WORDS = ["<pad>", "</s>", "<unk>", "a", "red", "blue", "circle", "square", "above"]
 
 
 def captions(*texts, length=40):
@@ -24,48 +23,17 @@ def captions(*texts, length=40):
     return rows
 
 
-def save_tokenizer(folder):
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-
-    made = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    made.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=77
-    )
-    fast.save_pretrained(folder)
-
-
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clip")
-    torch.manual_seed(0)
-    config = transformers.CLIPTextConfig(
-        vocab_size=len(WORDS),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        projection_dim=12,
-        max_position_embeddings=10,
-        eos_token_id=1,
-        pad_token_id=0,
-        bos_token_id=1,
-    )
-    transformers.CLIPTextModelWithProjection(config).save_pretrained(folder / "text_encoder")
-    save_tokenizer(folder / "tokenizer")
+    save_clip(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def t5(tmp_path_factory):
     folder = tmp_path_factory.mktemp("t5")
-    torch.manual_seed(1)
-    config = transformers.T5Config(
-        vocab_size=len(WORDS), d_model=24, d_kv=8, d_ff=32, num_layers=2, num_heads=3, pad_token_id=0, eos_token_id=1
-    )
-    transformers.T5EncoderModel(config).save_pretrained(folder)
-    save_tokenizer(folder)
+    save_t5(folder)
     return folder
 
 
@@ -130,6 +98,17 @@ def test_several_encoders_are_joined_as_in_stable_diffusion_3(clip, t5):
     assert not made["text"][:, 8:, 24:].any()
     torch.testing.assert_close(made["pooled"], torch.cat([pooled, pooled], dim=-1))
     assert conditioning.roles["t5"].kind == "frozen"
+
+
+def test_an_encoder_in_bf16_keeps_its_weights_so_and_gives_nearly_the_same_features(clip):
+    config, half = clip_config(clip), clip_config(clip, dtype="bf16")
+    encoder, smaller = config.load()(config), half.load()(half)
+    assert {value.dtype for value in smaller.parameters()} == {torch.bfloat16}
+    (text, pooled), (near, nearly) = encoder(captions("a red circle")), smaller(captions("a red circle"))
+    assert near.dtype == nearly.dtype == torch.float32
+    torch.testing.assert_close(near, text, atol=0.05, rtol=0.05)
+    torch.testing.assert_close(nearly, pooled, atol=0.05, rtol=0.05)
+    assert not torch.equal(near, text)
 
 
 def test_what_cannot_be_read_is_refused(clip, tmp_path):

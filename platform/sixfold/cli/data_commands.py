@@ -53,7 +53,7 @@ class DemoName(StrEnum):
 
 def register(app: typer.Typer) -> None:
     """Add ``data`` and its commands to the app."""
-    from sixfold.cli.encode_command import encode
+    from sixfold.cli.encode_command import encode, encode_text
 
     data = typer.Typer(
         help="Build, index, inspect and verify data sets.",
@@ -69,6 +69,9 @@ def register(app: typer.Typer) -> None:
     data.command(epilog="Example: sixfold data demo digits --out data/digits")(demo)
     data.command(epilog="Example: sixfold data encode runs/codec/kl-smoke/ID data/scenes --out data/scenes-latents")(
         encode
+    )
+    data.command(epilog="Example: sixfold data encode-text flow/mmdit-2b data/latents --out data/latents-with-text")(
+        encode_text
     )
     app.add_typer(data, name="data")
 

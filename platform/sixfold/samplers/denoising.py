@@ -155,7 +155,7 @@ class DenoisingSampler(ABC):
 
     def _conditions(self, request: SampleRequest) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return the requested conditions, filled up with null values, and the null conditions."""
-        unknown = sorted(set(request.conditions) - set(self.conditioning.null_values))
+        unknown = sorted(set(request.conditions) - self.conditioning.readable)
         if unknown:
             raise UserError.of(
                 f"network {self.objective.network!r} has no condition {', '.join(unknown)}",

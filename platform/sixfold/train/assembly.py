@@ -17,6 +17,7 @@ from sixfold.recipe.trained import resolve_networks
 from sixfold.train.codec_identity import check_codec, check_teachers
 from sixfold.train.loop import Training
 from sixfold.train.roles import build_roles, checkpoint_of, tracked_roles
+from sixfold.train.text_cache import with_cached_text
 from sixfold_data.describe import describe
 from sixfold_data.stream import TrainStream
 
@@ -33,8 +34,9 @@ def assemble(recipe: Recipe, world: World, *, quarantine: Path | None = None, ca
         quarantine: the log of samples that cannot be read.
         cache: folder in which weights are kept that are made for this run.
     """
-    networks = resolve_networks(recipe)
-    check_codec(recipe, networks, describe(recipe.data))
+    info = describe(recipe.data)
+    networks = with_cached_text(recipe, resolve_networks(recipe), info)
+    check_codec(recipe, networks, info)
     check_teachers(recipe, networks)
     objective: Objective = recipe.objective.load()(recipe.objective, networks)
     parts = build_roles(recipe, objective, networks, world, cache=cache)

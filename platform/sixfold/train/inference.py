@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from sixfold.errors import UserError
 from sixfold.evaluation.contract import Estimate
 from sixfold.models.trained.network import NetworksConfig
 from sixfold.objectives.contract import Objective
+from sixfold.recipe.checks import check_recipe
 from sixfold.recipe.load import load_recipe
 from sixfold.recipe.recipe import Recipe
 from sixfold.recipe.trained import resolve_networks
@@ -26,6 +27,7 @@ from sixfold.train.evaluator import Evaluator
 from sixfold.train.reconstruction import reconstruct_run
 from sixfold.train.roles import load_networks
 from sixfold.train.run_folder import RunFolder
+from sixfold.train.text_cache import with_cached_text
 from sixfold_data.describe import describe
 
 
@@ -49,22 +51,27 @@ class Measured:
     estimates: list[Estimate]
 
 
-def load_trained(run: Path, *, length: float | None = None) -> Trained:
+def load_trained(run: Path, *, length: float | None = None, overrides: Sequence[str] = ()) -> Trained:
     """Load a run's networks from its newest checkpoint that verifies, averaged where the recipe keeps an average.
 
     Args:
         run: the run folder.
         length: use averages of this relative width, reconstructed from snapshots, instead.
+        overrides: changes of its recipe, as on a command line, that leave the networks which it trained as they are.
 
     Raises:
+        RecipeError: the changes do not fit the recipe.
         UserError: the run has no checkpoint yet, or no snapshots to reconstruct from.
         CheckpointError: none of its checkpoints verifies.
     """
     folder = RunFolder(run)
-    recipe = load_recipe(folder.recipe).recipe
+    loaded = load_recipe(folder.recipe, overrides)
+    recipe = loaded.recipe
+    check_recipe(recipe, provenance=loaded.provenance)
     candidate = _newest(folder)
-    settings = resolve_networks(recipe)
-    check_codec(recipe, settings, describe(recipe.data))
+    info = describe(recipe.data)
+    settings = with_cached_text(recipe, resolve_networks(recipe), info)
+    check_codec(recipe, settings, info)
     objective: Objective = recipe.objective.load()(recipe.objective, settings)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     averaged = recipe.train.ema is not None
@@ -78,22 +85,26 @@ def load_trained(run: Path, *, length: float | None = None) -> Trained:
     )
 
 
-def evaluate_run(run: Path, *, samples: int | None = None, length: float | None = None) -> Measured:
+def evaluate_run(
+    run: Path, *, samples: int | None = None, length: float | None = None, overrides: Sequence[str] = ()
+) -> Measured:
     """Measure a run's newest checkpoint as its recipe's ``evaluation`` says, on averaged weights where it keeps them.
 
     Args:
         run: the run folder.
         samples: draw so many instead of the recipe's number.
         length: measure averages of this relative width instead; see :func:`load_trained`.
+        overrides: changes of the recipe, such as ``evaluation.metrics=[fd]``.
 
     Raises:
+        RecipeError: the changes do not fit the recipe.
         UserError: the recipe has no evaluation section, or the run no checkpoint.
     """
-    trained = load_trained(run, length=length)
+    trained = load_trained(run, length=length, overrides=overrides)
     recipe = trained.recipe
     if recipe.evaluation is None:
         raise UserError.of(
-            "the run's recipe has no evaluation section", where=str(run), fix="add one and resume the run"
+            "the run's recipe has no evaluation section", where=str(run), fix="say what to measure with --metrics"
         )
     if samples is not None:
         evaluation = recipe.evaluation.model_copy(update={"samples": samples})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,8 @@ class SampleOptions:
         steps: solver steps, or new tokens.
         sampler: a sampler's type; what it shares with the recipe's (steps, grid, guidance) is kept.
         guidance: ``none``, a scale, a type, or ``type:scale``.
+        guide: a run, or ``RUN@STEP``, whose network is the weaker one of autoguidance, which then is the type of a
+            guidance that names none.
         label: a class by number or name.
         prompt: text that samples continue or show.
         grid_only: write the overview alone.
@@ -52,6 +55,7 @@ class SampleOptions:
     steps: int | None = None
     sampler: str | None = None
     guidance: str | None = None
+    guide: str | None = None
     label: str | None = None
     prompt: str | None = None
     grid_only: bool = False
@@ -76,7 +80,7 @@ def sample_run(run: Path, options: SampleOptions) -> Written:
         UserError: the run has no sampler or no checkpoint, or an option does not fit it.
         DataError: the shards' folder is not empty.
     """
-    trained = load_trained(run)
+    trained = load_trained(run, overrides=() if options.guide is None else guide_overrides(options.guide))
     if trained.recipe.sampling is None:
         raise UserError.of("the run's recipe has no sampling section", where=str(run), fix="add one and resume the run")
     recipe = adjusted(trained.recipe, options)
@@ -119,15 +123,25 @@ def adjusted(recipe: Recipe, options: SampleOptions) -> Recipe:
             )
         fields = kinds[options.sampler].model_fields
         values = {name: value for name, value in values.items() if name in fields} | {"type": options.sampler}
-    if options.guidance is not None:
+    if options.guidance is not None or options.guide is not None:
         if "guidance" not in values:
             raise UserError.of(f"sampler {values['type']} has no guidance", where="--guidance", fix="leave it out")
-        values["guidance"] = _guidance(options.guidance, values["guidance"])
+        present = values["guidance"]
+        if options.guide is not None and present["type"] not in ("autoguidance", "combined"):
+            present = {"type": "autoguidance"}
+        values["guidance"] = present if options.guidance is None else _guidance(options.guidance, present)
     try:
         sampling: Any = TypeAdapter(SamplingConfig).validate_python(values)
     except ValidationError as error:
         raise UserError.of(str(error.errors()[0]["msg"]), where="--guidance") from error
     return recipe.model_copy(update={"sampling": sampling})
+
+
+def guide_overrides(guide: str) -> list[str]:
+    """Return the changes of a recipe by which another run, or an earlier step of one, becomes its guide."""
+    run, _, step = guide.rpartition("@")
+    named = {"run": run, "step": int(step)} if run and step.isdecimal() else {"run": guide}
+    return [f"networks.guide={json.dumps({'type': 'trained', **named})}", "objective.guide=guide"]
 
 
 def _guidance(text: str, present: Mapping[str, Any]) -> dict[str, Any]:

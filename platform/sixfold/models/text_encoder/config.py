@@ -113,3 +113,30 @@ class HuggingFaceTextConfig(TextEncoderSettings):
     parameters: int | None = Field(
         default=None, ge=1, description="Number of its weights, for plans; null: counted in the folder."
     )
+
+
+class CachedTextConfig(TextEncoderSettings):
+    """A frozen encoder whose features come with the data; made where data with features meet a recipe."""
+
+    implementation: ClassVar[str] = "sixfold.models.text_encoder.cached:load_cached_text"
+    pretrained: ClassVar[bool] = True
+
+    type: Literal["cached_text"] = "cached_text"
+    encoder: HuggingFaceTextConfig = Field(description="The encoder that made them.")
+    field: str = Field(description="The batch field that holds them.")
+    null: str = Field(description="File with what the encoder makes of no caption.")
+
+    @property
+    def text_tokens(self) -> int:
+        """Text tokens of one caption."""
+        return self.encoder.text_tokens
+
+    @property
+    def text_width(self) -> int:
+        """Features of a text token."""
+        return self.encoder.text_width
+
+    @property
+    def pooled_width(self) -> int:
+        """Features of the pooled text."""
+        return self.encoder.pooled_width

@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 
 from sixfold.distributed.randomness import PositionRandom
 from sixfold.errors import DataError, RecipeError
-from sixfold.models.text_encoder.config import CAPTION, END_OF_TEXT
+from sixfold.models.text_encoder.config import CAPTION, END_OF_TEXT, CachedTextConfig
 from sixfold.models.trained.network import architecture_of
 from sixfold.objectives.conditioning.config import EncoderConfig
 from sixfold.objectives.contract import Networks, Role
@@ -44,6 +44,7 @@ class Conditioning:
         self._own: Mapping[str, int] = denoiser.null_values
         self._text_width: int = getattr(denoiser, "text_width", 0)
         settings = {name: architecture_of(networks_config[name]) for name in encoders if name in networks_config}
+        self._cached = {name: one.field for name, one in settings.items() if isinstance(one, CachedTextConfig)}
         self._caption_length = max((getattr(encoder, "length", 1) for encoder in settings.values()), default=1)
         _check_text(encoders, settings, denoiser)
 
@@ -51,6 +52,11 @@ class Conditioning:
     def null_values(self) -> dict[str, int]:
         """The null value of each field of a batch that is a condition."""
         return {**self._own, **({CAPTION: END_OF_TEXT} if self._encoders else {})}
+
+    @property
+    def readable(self) -> frozenset[str]:
+        """The fields of a batch that are conditions, or that hold what a frozen encoder made of one beforehand."""
+        return frozenset(self.null_values) | frozenset(self._cached.values())
 
     @property
     def roles(self) -> dict[str, Role]:
@@ -76,7 +82,7 @@ class Conditioning:
                 fix="use data with these fields (captions: kind image-text), or make the network unconditional (for a "
                 "DiT: classes=0)",
             )
-        return {name: fields[name] for name in wanted}
+        return {name: fields[name] for name in (*wanted, *self._cached.values()) if name in fields}
 
     def absent(self, numbers: Int64[Tensor, " n"]) -> Conditions:
         """Return null conditions, as fields, for as many samples."""
@@ -88,7 +94,8 @@ class Conditioning:
     def dropped(self, fields: Mapping[str, Tensor], random: PositionRandom, probability: float) -> Conditions:
         """Return inputs with each replaced by its null value at random: fields, and captions by encoder."""
         inputs = self.inputs(fields)
-        for name, value in inputs.items():
+        for name in (*self._own, *self._encoders):
+            value = inputs[name]
             encoder = self._encoders.get(name)
             own = probability if encoder is None or encoder.drop is None else encoder.drop
             lost = random.uniform(f"denoising/drop/{name}") < own
@@ -97,8 +104,8 @@ class Conditioning:
         return inputs
 
     def inputs(self, fields: Mapping[str, Tensor]) -> Conditions:
-        """Return the denoiser's own conditions, and one caption for each encoder."""
-        inputs = {name: fields[name] for name in self._own}
+        """Return the denoiser's own conditions, one caption for each encoder, and features that were made of it."""
+        inputs = {name: fields[name] for name in (*self._own, *self._cached.values()) if name in fields}
         for name in self._encoders:
             inputs[name] = fields[CAPTION]
         return inputs
@@ -111,7 +118,8 @@ class Conditioning:
         groups: list[list[Tensor]] = []
         pooled: list[Tensor] = []
         for name, encoder in self._encoders.items():
-            text, summary = nets[name](inputs[name])
+            made = inputs.get(self._cached.get(name, ""))
+            text, summary = nets[name](inputs[name]) if made is None else nets[name](inputs[name], made)
             if encoder.beside:
                 groups[-1].append(text)
             else:
