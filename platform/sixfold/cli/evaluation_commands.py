@@ -34,17 +34,40 @@ def evaluate(
     samples: Annotated[
         int | None, typer.Option(min=2, help="Samples to draw.", show_default="as the recipe says")
     ] = None,
+    metrics: Annotated[
+        str | None, typer.Option(metavar="A,B,...", help="What to measure.", show_default="as the recipe says")
+    ] = None,
+    features: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TYPE|{type: ...}",
+            help="Feature space: a type, or its settings as in evaluation.features.",
+            show_default="as the recipe says",
+        ),
+    ] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="Data set that samples are compared with.", show_default="as the recipe says")
+    ] = None,
     length: LengthOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure a run's newest checkpoint as its recipe's evaluation section says, on averaged weights if it has them."""
+    """Measure a run's newest checkpoint as its recipe's evaluation section says, on averaged weights if it has them.
+
+    With --metrics, --features or --reference, measure that instead.
+    """
     from sixfold.cli.screen import print_table
     from sixfold.evaluation.report import HEADINGS, logged, table_rows
     from sixfold.tracking.runs import find_run
     from sixfold.train.inference import evaluate_run
 
     folder = find_run(run)
-    measured = evaluate_run(folder, samples=samples, length=length)
+    changes = {
+        "metrics": None if metrics is None else f"[{metrics}]",
+        "features": features,
+        "reference": None if reference is None else json.dumps(reference),
+    }
+    overrides = [f"evaluation.{key}={value}" for key, value in changes.items() if value is not None]
+    measured = evaluate_run(folder, samples=samples, length=length, overrides=overrides)
     if as_json:
         estimates = [asdict(estimate) for estimate in measured.estimates]
         typer.echo(json.dumps({"step": measured.step, **logged(measured.estimates), "estimates": estimates}))

@@ -164,6 +164,9 @@ def sample(
     guidance: Annotated[
         str | None, typer.Option(metavar="[TYPE:]SCALE", help="none, a scale, a type, or both: cfg_zero:2.")
     ] = None,
+    guide: Annotated[
+        str | None, typer.Option(metavar="RUN[@STEP]", help="Weaker network to guide away from (autoguidance).")
+    ] = None,
     label: Annotated[
         str | None, typer.Option("--class", "--label", help="Class to draw, by number or name; by default all in turn.")
     ] = None,
@@ -188,6 +191,7 @@ def sample(
         steps=steps,
         sampler=sampler,
         guidance=guidance,
+        guide=guide,
         label=label,
         prompt=prompt,
         grid_only=grid,

@@ -15,6 +15,9 @@ class PreprocessingConfig(Config):
     image_size: int | None = Field(
         None, ge=1, description="Height and width to resize to; null leaves images as they are."
     )
+    crop: int | None = Field(
+        None, ge=1, description="Height and width of the middle that is kept after the resize; null keeps all."
+    )
     interpolation: Literal["bilinear", "bicubic"] = Field(
         "bicubic", description="Antialiased interpolation of the resize."
     )
@@ -100,14 +103,16 @@ class TimmFeaturesConfig(FeaturesConfig):
 
 
 class TransformersFeaturesConfig(FeaturesConfig):
-    """A vision network of transformers (CLIP, DINOv2, ViT, ...) from a local folder."""
+    """A vision network of transformers (CLIP, DINOv2, ViT, ...) from a folder or the hub."""
 
     implementation: ClassVar[str] = "sixfold.evaluation.pretrained:transformers_features"
 
     type: Literal["transformers"] = Field("transformers", description="A vision network of transformers.")
-    path: str = Field(min_length=1, description="The folder with its config and weights.")
+    path: str = Field(min_length=1, description="The folder with its config and weights; or hf://OWNER/NAME.")
     normalized: bool = Field(False, description="Scale features to unit length, as CMMD does with CLIP's.")
-    preprocessing: PreprocessingConfig = Field(PreprocessingConfig(), description="What is done to images before.")
+    preprocessing: PreprocessingConfig | None = Field(
+        None, description="What is done to images before; null: as the preprocessor_config.json beside it says."
+    )
 
 
 def _by_name(value: Any) -> Any:

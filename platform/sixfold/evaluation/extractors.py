@@ -86,6 +86,9 @@ def preprocess(images: Images, config: PreprocessingConfig) -> Images:
     if config.image_size is not None and values.shape[-2:] != (config.image_size, config.image_size):
         values = F.interpolate(values, size=(config.image_size,) * 2, mode=config.interpolation, antialias=True)
         values = values.clamp(0.0, 1.0)  # bicubic weights overshoot
+    if config.crop is not None:
+        top, left = ((side - config.crop) // 2 for side in values.shape[-2:])
+        values = values[..., top : top + config.crop, left : left + config.crop]
     mean, std = (values.new_tensor(numbers)[None, :, None, None] for numbers in (config.mean, config.std))
     return (values - mean) / std
 
