@@ -125,4 +125,4 @@ def test_misfits_are_named_before_anything_starts(made):
 
 def test_a_rehearsal_needs_no_latents(made):
     found = rehearse_recipe(recipe_on(made), 4)
-    assert set(found) == {"denoiser", "text_encoder"}
+    assert set(found) == {"denoiser", "text_encoder", "codec"}
