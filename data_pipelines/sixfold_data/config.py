@@ -174,7 +174,8 @@ class DataConfig(Config):
         default=None,
         ge=0,
         le=64,
-        description="Loader processes of each rank; default 4 where a rank has 8 cores, else 0.",
+        description="Loader processes of each rank; default 4 where a rank has 8 cores, else 0: a thread "
+        "then reads one batch ahead.",
     )
     prefetch: int = Field(default=4, ge=1, le=64, description="Batches each loader process reads ahead.")
     keep_decoded_bytes: int = Field(

@@ -6,12 +6,13 @@ consumed samples. Workers therefore need no state, and resuming is asking for an
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import multiprocessing
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader
 
 from sixfold.errors import DataError
 from sixfold.objectives.contract import Batch
+from sixfold_data.background import ReadAhead
 from sixfold_data.batches import Fetched, GlobalBatches
 from sixfold_data.config import DataConfig
 from sixfold_data.describe import combined_fingerprint
@@ -98,7 +100,9 @@ class TrainStream:
         )
         self._waited_s = 0.0
         self._loader = _make_loader(self._batches, config, start_samples)
-        self._items: Iterator[Fetched] = iter(self._loader)
+        # Without loader processes, a thread reads the next batch during the step.
+        self._ahead = None if self._loader.num_workers else ReadAhead(iter(self._loader), _share_device())
+        self._items: Iterator[Fetched] = self._ahead or iter(self._loader)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -160,8 +164,10 @@ class TrainStream:
             )
 
     def close(self) -> None:
-        """Stop the loader's processes."""
-        self._items = iter(())
+        """Stop the loader's processes, or its thread."""
+        if self._ahead is not None:
+            self._ahead.close()
+        self._ahead, self._items = None, iter(())
         del self._loader
 
 
@@ -184,6 +190,16 @@ def _worker_context() -> BaseContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([GlobalBatches.__module__])  # torch is imported once, not by each worker
     return context
+
+
+def _share_device() -> Callable[[], None]:
+    """Return what makes another thread pin memory for this thread's accelerator, where there is one.
+
+    A new thread begins on the first device, and would make a context there that holds memory of another rank's.
+    """
+    if not torch.cuda.is_available():
+        return lambda: None
+    return functools.partial(torch.cuda.set_device, torch.cuda.current_device())
 
 
 def default_workers() -> int:

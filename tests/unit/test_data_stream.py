@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import queue
+import threading
 import time
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import torch
 
 from data_sets import make_images, make_synthetic_index, make_text, numbers_of, png
 from sixfold.errors import DataError, RecipeError
+from sixfold_data.background import ReadAhead
 from sixfold_data.build import BuildOptions, building
 from sixfold_data.config import DataConfig
 from sixfold_data.describe import describe
@@ -198,6 +201,41 @@ def test_a_checkpoint_of_other_data_or_order_is_refused(images, tmp_path):
 def test_ranks_that_cannot_share_the_lanes_are_told_what_to_change(images):
     with pytest.raises(RecipeError, match=r"set data.lanes=6"):
         open_stream(DataConfig(path=str(images), global_batch=12, lanes=4), world_size=6)
+
+
+def test_without_workers_the_next_batch_is_read_during_the_step(images):
+    stream = open_stream(DataConfig(path=str(images), global_batch=8, lanes=4, workers=0))
+    read: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+    class Told(type(stream._batches)):
+        def __getitem__(self, start_samples):
+            fetched = super().__getitem__(start_samples)
+            read.put(start_samples)
+            return fetched
+
+    stream._batches.__class__ = Told
+    next(stream)
+    assert [read.get(timeout=60), read.get(timeout=60)] == [0, 8], "the second, though it was not asked for"
+    stream.close()
+
+
+def test_reading_ahead_keeps_order_hands_errors_over_and_ends():
+    def items():
+        yield from range(3)
+        raise DataError.of("the end")
+
+    ahead = ReadAhead(items())
+    assert [next(ahead) for _ in range(3)] == [0, 1, 2]
+    for _ in range(2):
+        with pytest.raises(DataError, match="the end"):
+            next(ahead)
+    before = set(threading.enumerate())
+    endless = ReadAhead(itertools.count())
+    next(endless)
+    (thread,) = set(threading.enumerate()) - before
+    del endless
+    thread.join(60)
+    assert not thread.is_alive()
 
 
 def test_waiting_is_measured_and_reset(images):
