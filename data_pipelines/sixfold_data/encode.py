@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +27,7 @@ from sixfold.errors import DataError
 from sixfold_data.buckets import Shape, nearest_buckets
 from sixfold_data.build import TRAIN, BuildReport, Rejects, check_output
 from sixfold_data.config import CacheConfig
-from sixfold_data.decode import IMAGE_EXTENSIONS, UndecodableError, decode_image
+from sixfold_data.decode import IMAGE_EXTENSIONS, UndecodableError, decode_images
 from sixfold_data.index import (
     FORMAT,
     MANIFEST_NAME,
@@ -47,6 +50,8 @@ _DONE = "done.json"
 _WHOLE = 1 << 62
 """A piece is one shard, however large."""
 _CARRIED = ("txt", "cls")
+_DECODING_THREADS = min(8, len(os.sched_getaffinity(0)))
+_BATCHES_AHEAD = 2
 
 
 class EncodeJob(Config):
@@ -155,7 +160,7 @@ def encode_pieces(
     """Make those of a rank's pieces that are missing; ``progress`` is told the samples of each batch.
 
     Raises:
-        DataError: more images of a piece than the budget cannot be read.
+        DataError: more images of a piece than the budget cannot be read, or latents of one are not finite.
     """
     store = open_store(job.data, CacheConfig())
     manifest = read_manifest(store)
@@ -184,6 +189,7 @@ def _encode_piece(
                 rejects.add(key, reason)
             if batch.samples:
                 encoded = encode(batch.pixels)
+                _require_finite(encoded.stored, [reader.index.key(sample) for sample in batch.samples], job)
                 total, squares = total + encoded.total, squares + encoded.squares
                 cells = batch.size[0] // job.factor, batch.size[1] // job.factor
                 count += len(encoded.stored) * cells[0] * cells[1]
@@ -203,6 +209,22 @@ def _encode_piece(
     write_atomically(folder / _DONE, record.model_dump_json().encode())
 
 
+def _require_finite(stored: np.ndarray, keys: Sequence[str], job: EncodeJob) -> None:
+    """Raise DataError where latents of a batch cannot be kept: training on them would end in NaN much later."""
+    if stored.dtype.kind != "f":
+        return
+    for key, values in zip(keys, stored, strict=True):
+        if not np.isfinite(values).all():
+            kind = "not numbers" if np.isnan(values).any() else f"beyond {np.finfo(stored.dtype).max:g}"
+            raise DataError.of(
+                f"latents of sample {key} are {kind}, and cannot be kept in {stored.dtype}",
+                where=job.data,
+                allowed="finite moments",
+                fix=f"look at this image and what the codec of {job.run} makes of it; name another run if its training "
+                "has diverged",
+            )
+
+
 class _Batch(NamedTuple):
     size: Shape
     samples: list[int]
@@ -212,15 +234,15 @@ class _Batch(NamedTuple):
 
 
 def _read_ahead(job: EncodeJob, piece: Piece, reader: MemberReader) -> Iterator[_Batch]:
-    """Yield batches of one size each, each read while the one before it is encoded."""
-    runs = [*_runs(job, piece, reader)]
-    with ThreadPoolExecutor(1) as pool:
-        ahead = [pool.submit(_read, job, reader, *run) for run in runs[:1]]
-        for following in (*runs[1:], None):
-            batch = ahead.pop().result()
-            if following is not None:
-                ahead.append(pool.submit(_read, job, reader, *following))
-            yield batch
+    """Yield batches of one size each, read one by one ahead of the one that is encoded; several threads decode."""
+    with ThreadPoolExecutor(1) as readers, ThreadPoolExecutor(_DECODING_THREADS) as decoders:
+        ahead: deque[Future[_Batch]] = deque()
+        for run in _runs(job, piece, reader):
+            ahead.append(readers.submit(_read, job, reader, decoders, *run))
+            if len(ahead) > _BATCHES_AHEAD:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
 
 
 def _runs(job: EncodeJob, piece: Piece, reader: MemberReader) -> Iterator[tuple[Shape, np.ndarray]]:
@@ -250,34 +272,37 @@ def sizes_of(reader: MemberReader, samples: np.ndarray) -> tuple[np.ndarray, np.
     return height[samples].clip(1), width[samples].clip(1)
 
 
-def _read(job: EncodeJob, reader: MemberReader, size: Shape, samples: np.ndarray) -> _Batch:
+def _read(job: EncodeJob, reader: MemberReader, decoders: Executor, size: Shape, samples: np.ndarray) -> _Batch:
     """Read and decode some samples, with the members that go with them unchanged."""
-    columns = [reader.read(IMAGE_EXTENSIONS, samples)]
-    carried = [extension for extension in _CARRIED if extension in reader.index.members]
-    columns += [reader.read((extension,), samples) for extension in carried]
+    images = reader.read(IMAGE_EXTENSIONS, samples)
+    carried = {
+        extension: reader.read((extension,), samples) for extension in _CARRIED if extension in reader.index.members
+    }
+    pixels = _decoded(job, decoders, size, [image for image in images if not isinstance(image, Unreadable)])
     batch = _Batch(size, [], np.empty((len(samples), *size, job.channels), dtype=np.uint8), [], [])
-    for sample, *contents in zip(samples.tolist(), *columns, strict=True):
-        decoded = _decoded(job, size, contents)
-        if isinstance(decoded, str):
-            batch.unreadable.append((reader.index.key(sample), decoded))
+    for sample, image, *members in zip(samples.tolist(), images, *carried.values(), strict=True):
+        decoded = image if isinstance(image, Unreadable) else next(pixels)
+        faults = [
+            part.reason if isinstance(part, Unreadable) else str(part)
+            for part in (decoded, *members)
+            if isinstance(part, Exception)
+        ]
+        if faults:
+            batch.unreadable.append((reader.index.key(sample), faults[0]))
             continue
         batch.pixels[len(batch.samples)] = decoded
         batch.samples.append(sample)
-        batch.members.append(dict(zip(carried, contents[1:], strict=True)))
+        batch.members.append(dict(zip(carried, members, strict=True)))
     return batch._replace(pixels=batch.pixels[: len(batch.samples)])
 
 
-def _decoded(job: EncodeJob, size: Shape, contents: list[bytes | Unreadable]) -> UInt8[np.ndarray, "h w c"] | str:
-    """Return a sample's image, or why it cannot be used."""
-    for content in contents:
-        if isinstance(content, Unreadable):
-            return content.reason
-    image = contents[0]
-    assert isinstance(image, bytes)
-    try:
-        return decode_image(image, channels=job.channels, size=size)
-    except UndecodableError as error:
-        return str(error)
+def _decoded(
+    job: EncodeJob, decoders: Executor, size: Shape, contents: list[bytes]
+) -> Iterator[UInt8[np.ndarray, "h w c"] | UndecodableError]:
+    """Decode images, a share in each thread, in their order."""
+    share = -(-len(contents) // _DECODING_THREADS) or 1
+    parts = [contents[start : start + share] for start in range(0, len(contents), share)]
+    return chain.from_iterable(decoders.map(partial(decode_images, channels=job.channels, size=size), parts))
 
 
 def finish_job(job: EncodeJob, staging: Path, out: Path) -> BuildReport:

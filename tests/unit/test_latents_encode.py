@@ -11,16 +11,20 @@ from typer.testing import CliRunner
 
 from latent_cases import codec_run, make_scenes
 from sixfold.cli.main import build_app
-from sixfold.errors import DataError, UserError
+from sixfold.errors import DataError, RecipeError, UserError
 from sixfold.models.network import reset_buffers
-from sixfold.train.encoding import codec_of, encode_in, plan_job
+from sixfold.recipe.load import load_recipe
+from sixfold.recipe.trained import resolve_networks
+from sixfold.train.codec_identity import check_codec
+from sixfold.train.encoding import codec_of, encode_in, encoder_of, plan_job
 from sixfold.train.roles import read_trained
 from sixfold_data.build import BuildOptions
 from sixfold_data.build_images import build_image_text
 from sixfold_data.config import BucketsConfig, DataConfig
 from sixfold_data.describe import describe
-from sixfold_data.encode import finish_job, finished_samples, open_job, pieces_of
+from sixfold_data.encode import encode_pieces, finish_job, finished_samples, open_job, pieces_of
 from sixfold_data.evaluation import EvaluationReader
+from sixfold_data.index import open_split, read_manifest
 from sixfold_data.latents import denormalized
 from sixfold_data.store import open_store
 from sixfold_data.verify import verify
@@ -179,6 +183,24 @@ def batches_of(path, buckets):
     return EvaluationReader(config, split="train", batch=8)
 
 
+@pytest.mark.parametrize(("value", "told"), [(np.inf, "beyond 65504"), (np.nan, "not numbers")])
+def test_latents_that_cannot_be_kept_are_named(run, scenes, tmp_path, value, told):
+    job = plan(run, scenes)
+    staging = open_job(job, tmp_path / "out")
+    codec = encoder_of(job, torch.device("cpu"))
+
+    def broken(pixels):
+        encoded = codec(pixels)
+        encoded.stored[1, 0, 0, 0] = value
+        return encoded
+
+    with pytest.raises(DataError, match=rf"latents of sample \S+ are {told}") as raised:
+        encode_pieces(job, staging, broken, rank=0, ranks=1, progress=lambda samples: None)
+    manifest = read_manifest(open_store(str(scenes)))
+    assert open_split(open_store(str(scenes)), manifest, "train").key(1) in str(raised.value)
+    assert not finished_samples(job, staging)
+
+
 def test_codes_are_written_as_integers(scenes, tmp_path):
     run = codec_run(scenes, tmp_path / "fsq", "networks.codec.bottleneck={type: fsq, levels: [5, 5]}")
     encode(run, scenes, tmp_path / "codes")
@@ -186,6 +208,10 @@ def test_codes_are_written_as_integers(scenes, tmp_path):
     assert codes.dtype == torch.int64
     assert codes.shape == (36, 8, 8)
     assert 0 <= codes.min() <= codes.max() < 25
+    settings = [f"data.path={tmp_path}/codes", f"networks.codec.run={run}", "evaluation=null", "data.global_batch=8"]
+    recipe = load_recipe("flow/mmdit-smoke", settings).recipe
+    with pytest.raises(RecipeError, match="codes of a codebook of 25"):
+        check_codec(recipe, resolve_networks(recipe), describe(recipe.data))
 
 
 def test_what_is_no_codec_or_no_image_is_refused(run, scenes, tmp_path):

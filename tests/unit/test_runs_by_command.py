@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from latent_cases import train_run
 from sixfold.cli.main import build_app
-from sixfold.errors import UserError
+from sixfold.errors import TrainingError, UserError
 from sixfold.evaluation.extractor_config import PreprocessingConfig
 from sixfold.evaluation.pretrained import read_preprocessing
 from sixfold.recipe.load import load_recipe
@@ -93,6 +93,21 @@ def test_cmmd_is_measured_in_the_space_of_a_clip_by_command(runs, clip):
     (found,) = (each for each in json.loads(done.stdout)["estimates"] if each["name"] == "cmmd")
     assert (found["name"], found["samples"], found["space"]) == ("cmmd", 8, clip.name)
     assert found["value"] > 0
+
+
+def no_number_for_drawn(images):
+    """The pixels; NaN of an image with other values than the seventeen of the digits."""
+    values = images.flatten(1)
+    drawn = ((values + 1) * 8 - ((values + 1) * 8).round()).abs().amax(1) > 0.05
+    return torch.where(drawn[:, None], torch.nan, values)
+
+
+def test_features_of_samples_that_are_no_numbers_are_refused(runs):
+    features = json.dumps({"type": "callable", "target": f"{__name__}:no_number_for_drawn"})
+    done = invoke("evaluate", runs / "late", "--metrics", "kid", "--features", features, "--samples", 8)
+    assert isinstance(done.exception, TrainingError)
+    assert "8 of 8 rows of drawn samples" in str(done.exception)
+    assert "are not finite numbers" in str(done.exception)
 
 
 def test_what_cannot_be_measured_is_refused_by_the_recipes_checks(runs):

@@ -70,7 +70,7 @@ def check_codec(recipe: Recipe, networks: NetworksConfig, info: DataInfo) -> Non
 
     Raises:
         RecipeError: the data hold latents and the objective names no codec, or the other way round; or the latents are
-            another codec's.
+            codes, or another codec's.
     """
     name = recipe.objective.latents_of
     if (name is None) != (info.latents is None):
@@ -85,6 +85,14 @@ def check_codec(recipe: Recipe, networks: NetworksConfig, info: DataInfo) -> Non
         )
     if name is None or info.latents is None:
         return
+    if info.latents.form == "codes":
+        raise RecipeError.of(
+            f"the data hold codes of a codebook of {info.latents.codebook_size}, and objective.type="
+            f"{recipe.objective.type} adds noise to latents that are numbers",
+            where=", ".join(recipe.data.paths),
+            allowed="latents of a codec whose bottleneck.type is kl",
+            fix="encode the images with such a codec",
+        )
     network = networks[name]
     if not isinstance(network, TrainedNetwork) or network.run is None:
         raise RecipeError.of(

@@ -127,7 +127,11 @@ def encoder_of(job: EncodeJob, device: torch.device) -> Encode:
     codec: nn.Module = config.load()(config)
     reset_buffers(codec)
     codec.load_state_dict(read_trained(source))
-    codec.to(device).eval().requires_grad_(False)
+    return encode_with(codec.to(device).eval().requires_grad_(False), job, device)
+
+
+def encode_with(codec: nn.Module, job: EncodeJob, device: torch.device) -> Encode:
+    """Return a codec as a function of images, in the form that a job keeps."""
 
     @torch.no_grad()
     def encode(pixels: np.ndarray) -> Encoded:
