@@ -72,7 +72,7 @@ class PatchEmbedding(OwnsBuffers):
 
 
 class TimeEmbedding(nn.Module):
-    """A two-layer MLP over sinusoids of the scaled time; the sinusoids are always fp32."""
+    """A two-layer MLP over sinusoids of the scaled time, which are fp32, or fp64 where the time is."""
 
     def __init__(self, width: int, *, frequencies: int, scale: float, silent: bool = False) -> None:
         """With ``silent`` it begins by adding nothing: a trained network can be given one without changing it."""
@@ -83,7 +83,8 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, time: Float[Tensor, "n"]) -> Float[Tensor, "n width"]:
         """Embed times in [0, 1]."""
-        waves = sinusoids(time.float() * self.scale, self.frequencies).to(self.inner.weight.dtype)
+        time = time.to(torch.promote_types(time.dtype, torch.float32))
+        waves = sinusoids(time * self.scale, self.frequencies).to(self.inner.weight.dtype)
         embedded: Tensor = self.outer(nn.functional.silu(self.inner(waves)))
         return embedded
 

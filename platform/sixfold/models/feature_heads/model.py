@@ -45,7 +45,7 @@ class FeatureHeads(Network):
         self.config = config
         self.layers = nn.ModuleList(Head(config) for _ in range(config.heads))
 
-    def forward(self, features: Sequence[Float[Tensor, "n _ width"]]) -> Float[Tensor, "n verdicts"]:
+    def forward(self, features: Sequence[Float[Tensor, "n ... width"]]) -> Float[Tensor, "n verdicts"]:
         """Return the logits of all tokens of all layers; above 0 is real.
 
         Args:
