@@ -12,6 +12,7 @@ from sixfold.objectives.distillation.consistency_config import ConsistencyConfig
 from sixfold.objectives.distillation.mean_flow_config import MeanFlowConfig
 from sixfold.objectives.distillation.trigflow import consistency_tangent
 from sixfold.paths.config import RectifiedFlowConfig
+from sixfold.planning.trace import phases_of
 from sixfold.recipe.catalogue import catalogue
 from sixfold.recipe.load import load_recipe
 from sixfold.recipe.trained import resolve_networks
@@ -106,6 +107,15 @@ def test_continuous_time_students_have_a_slow_clock(name):
     networks = resolve_networks(load_recipe(name).recipe, planning=True)
     scales = [networks[role].architecture.time_scale for role in ("denoiser", "teacher") if role in networks]
     assert all(scale <= 8.0 for scale in scales)
+
+
+def test_phases_that_differ_in_progress_alone_are_planned_once():
+    recipe = load_recipe("distill/dmd2").recipe
+    objective = recipe.objective.load()(recipe.objective, resolve_networks(recipe, planning=True))
+    counted = phases_of(objective, recipe.train.steps)
+    assert {phase.name: times for phase, times in counted.items()} == {"fake_score": 1.0, "main": pytest.approx(0.2)}
+    assert len(counted) == 2
+    assert all(0.99 < phase.done < 1.0 for phase in counted)
 
 
 def test_warm_ups_that_stand_for_radam_are_as_long_as_its_own():

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -133,10 +133,13 @@ def held_by_roles(
 
 
 def phases_of(objective: Objective, total_steps: int) -> dict[Phase, float]:
-    """How often a step has each phase, late in training, when every term has begun."""
+    """How often a step has each phase, late in training, when every term has begun.
+
+    How far training is, is the same for all: phases that differ in nothing else cost the same, and are traced once.
+    """
     cycle = range(max(0, total_steps - _CYCLE_STEPS), total_steps)
-    progress = (Progress(samples=0, step=step, total_steps=total_steps) for step in cycle)
-    counted = Counter(phase for now in progress for phase in objective.phases(now))
+    progress = [Progress(samples=0, step=step, total_steps=total_steps) for step in cycle]
+    counted = Counter(replace(phase, done=progress[-1].done) for now in progress for phase in objective.phases(now))
     return {phase: times / len(cycle) for phase, times in counted.items()}
 
 
