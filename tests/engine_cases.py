@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -118,10 +120,15 @@ def continue_toy(engine: Engine, start: int, stop: int, accumulation: int, poiso
 
 
 def toy_leg(
-    config: EngineConfig, source: str | None, target: str, start: int, stop: int
+    config: EngineConfig,
+    source: str | None,
+    target: str,
+    start: int,
+    stop: int,
+    settings: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[Trace, dict[str, Tensor]]:
     """One leg of a run that changes engines: load, train on, save; return the trace and the loaded state."""
-    engine = toy_engine(config)
+    engine = toy_engine(config, **settings)
     loaded = {}
     if source is not None:
         template = engine.checkpoint_template()

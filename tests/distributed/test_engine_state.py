@@ -19,7 +19,7 @@ from engine_cases import (
 )
 from parity_matrix import largest_relative_difference
 from ranks import rank_pool
-from sixfold.engine.config import DDPConfig, DeepSpeedConfig, FSDPConfig
+from sixfold.engine.config import DDPConfig, DeepSpeedConfig, FSDPConfig, MuonConfig
 
 FSDP = FSDPConfig(precision="fp32")
 DDP = DDPConfig(precision="fp32")
@@ -60,6 +60,26 @@ def test_a_run_continues_on_other_engines(legs, tmp_path):
     assert {name.split("/")[0] for name in final} == {"parameters", "buffers", "optimizer", "ema", "optimizer_step"}
     assert any(name.endswith("shift") for name in final)
     assert not any(name.endswith("phase") for name in final), "buffers that are not persistent are recomputed"
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_muon_resumes_bitwise_under_zero_and_moves_to_other_engines(stage, tmp_path):
+    settings = {"optimizer": MuonConfig(lr=2e-2, weight_decay=0.1), "experts": 4}
+    pool, config, folder = rank_pool(2), _zero(stage), str(tmp_path)
+    whole, _ = pool.run(toy_leg, config, None, f"{folder}/whole", 0, 8, settings)[0]
+    pool.run(toy_leg, config, None, f"{folder}/half", 0, 4, settings)
+    resumed, _ = pool.run(toy_leg, config, f"{folder}/half", f"{folder}/resumed", 4, 8, settings)[0]
+    assert resumed.losses == whole.losses[4:]
+    expected, found = (saved_state(f"{folder}/{name}") for name in ("whole", "resumed"))
+    assert any(name.endswith("/momentum_buffer") for name in expected)
+    assert expected.keys() == found.keys()
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+
+    moved, loaded = pool.run(toy_leg, FSDP, f"{folder}/half", f"{folder}/moved", 4, 8, settings)[0]
+    half = saved_state(f"{folder}/half")
+    assert loaded.keys() == half.keys()
+    assert all(torch.equal(loaded[name], half[name]) for name in half), "loading must not change a bit"
+    assert largest_relative_difference(moved.losses, whole.losses[4:]) < 1e-5
 
 
 def _skip_probe(config, poison):

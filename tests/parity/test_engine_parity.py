@@ -38,11 +38,13 @@ MUON = {"optimizer": MuonConfig(lr=2e-2, weight_decay=0.1), "schedule": CosineCo
         (2, FSDPConfig(precision="fp32")),
         (4, FSDPConfig(precision="fp32")),
         (4, FSDPConfig(precision="fp32", replicate=2)),
+        *((2, DeepSpeedConfig(precision="fp32", zero_stage=stage)) for stage in (1, 2, 3)),
+        *((2, DeepSpeedConfig(precision="fp32", zero_stage=stage, offload_optimizer=True)) for stage in (2, 3)),
     ],
 )
 def test_muon_is_sharded_without_changing_it(ranks, config):
     # 4 experts: whole matrices are sharded at 2 and 4 ranks; the other matrices have odd sizes.
-    settings = {**MUON, "experts": 4, "steps": 10}
+    settings = {**MUON, "experts": 4, "steps": 20}
     alone = train_toy(REFERENCE, **settings)
     for trace in rank_pool(ranks).run(train_toy_with, config, settings):
         assert compare("muon", 1, alone, [trace]).agrees
@@ -81,13 +83,19 @@ def test_bfloat16_keeps_fp32_masters(config, reference):
         assert largest_difference(trace.parameters, reference.parameters) < 0.1
 
 
-@pytest.mark.parametrize(
-    ("config", "checkpointing"),
-    [(FSDPConfig(precision="fp32"), "selective"), (DeepSpeedConfig(precision="fp32", zero_stage=3), "full")],
-)
-def test_recomputation_changes_nothing_under_sharding(config, checkpointing, reference):
+SHARDED = {
+    "FSDP2": (2, FSDPConfig(precision="fp32")),
+    "HSDP": (4, FSDPConfig(precision="fp32", replicate=2)),
+    **{f"ZeRO-{stage}": (2, DeepSpeedConfig(precision="fp32", zero_stage=stage)) for stage in (1, 2, 3)},
+}
+
+
+@pytest.mark.parametrize("checkpointing", ["full", "selective"])
+@pytest.mark.parametrize("name", SHARDED)
+def test_recomputation_changes_nothing_under_sharding(name, checkpointing, reference):
+    ranks, config = SHARDED[name]
     config = config.model_copy(update={"activation_checkpointing": checkpointing})
-    for trace in rank_pool(2).run(train_toy, config, 2):
+    for trace in rank_pool(ranks).run(train_toy, config, 2):
         assert compare(checkpointing, 2, reference, [trace]).agrees
 
 

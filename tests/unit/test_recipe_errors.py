@@ -144,9 +144,6 @@ CASES = {
         "--nproc",
         "4",
     ),
-    "ZeRO with Muon": given(
-        "Muon whole matrices", "@type: muon", "optimizer.type=adamw", "engine={type: deepspeed}", text=TEXT
-    ),
     "no such network": given(
         "needs a network 'generator'", "@networks:", "objective.network=denoiser", "objective.network=generator"
     ),
@@ -229,7 +226,7 @@ def blocks_of(screen):
     return blocks
 
 
-@pytest.mark.parametrize("name", ["misspelt key", "duplicate key", "ZeRO with Muon"])
+@pytest.mark.parametrize("name", ["misspelt key", "duplicate key", "no such network"])
 def test_the_installed_command_says_the_same_in_a_process_of_its_own(name, tmp_path):
     case = CASES[name]
     (tmp_path / "r.yaml").write_text(case.text)
@@ -274,7 +271,7 @@ def test_all_faults_of_a_recipe_are_reported_at_once(tmp_path):
 
 def test_all_cross_checks_are_reported_at_once(tmp_path):
     (tmp_path / "r.yaml").write_text(TEXT)
-    changes = ["engine={type: deepspeed, micro_batch: 3}", "checkpoint.keep_every=7", "roles.x={}"]
+    changes = ["engine.micro_batch=3", "data.sequence_length=null", "checkpoint.keep_every=7", "roles.x={}"]
     with pytest.raises(RecipeError) as raised:
         load_recipe(tmp_path / "r.yaml", changes)
     assert len(raised.value.faults) == 4
@@ -315,3 +312,18 @@ def test_a_recipe_that_is_no_text_is_named(tmp_path, monkeypatch, capsys):
     code, _, err = screen_of(["show", str(tmp_path / "r.yaml")], monkeypatch, capsys)
     assert code == 2
     assert "is not UTF-8 text" in err
+
+
+def test_compiled_roles_share_one_budget_of_activations():
+    def engine(role, share, *, compiled=True):
+        budget = f"activation_checkpointing: budget, activation_memory_budget: {share}, " if share else ""
+        return f"roles.{role}.engine={{type: ddp, {budget}compile: {str(compiled).lower()}}}"
+
+    def check(*engines):
+        check_recipe(load_recipe("codec/vq-smoke", engines).recipe)
+
+    for other in (0.5, None):
+        with pytest.raises(RecipeError, match=r"differ in activation_memory_budget \(codec: 0.25, discriminator: "):
+            check(engine("codec", 0.25), engine("discriminator", other))
+    check(engine("codec", 0.25), engine("discriminator", 0.25))
+    check(engine("codec", 0.25), engine("discriminator", None, compiled=False))

@@ -28,6 +28,9 @@ COSTLY_OPERATIONS = frozenset(
         "aten._scaled_dot_product_efficient_attention.default",
         "aten._scaled_dot_product_cudnn_attention.default",
         "aten._scaled_dot_product_fused_attention_overrideable.default",
+        # Attention within documents on CUDA, in compiled blocks; in eager ones it is compiled alone, and no policy sees
+        # inside. A higher-order operator has no namespace.
+        "flex_attention",
     }
 )
 """Operations whose results selective checkpointing keeps: recomputing them costs more than their memory is worth."""
@@ -36,8 +39,9 @@ COSTLY_OPERATIONS = frozenset(
 def apply_activation_checkpointing(network: Network, config: EngineConfig) -> None:
     """Checkpoint every block as ``config.activation_checkpointing`` says.
 
-    ``budget`` only hands the share to the compiler's partitioner, which acts on graphs compiled after this call; the
-    setting is one a process, so the last role built with a budget decides it for all.
+    ``budget`` only hands the share to the compiler's partitioner, which acts on graphs compiled after this call. The
+    setting is one a process, and blocks of one shape share a graph whatever their role: recipes whose compiled roles
+    differ in it are refused.
     """
     match config.activation_checkpointing:
         case "none":

@@ -25,15 +25,16 @@ from sixfold.distributed.mesh import host_mesh
 from sixfold.distributed.process_group import World, ensure_group
 from sixfold.engine.averaging import MovingAverages
 from sixfold.engine.base import RoleSpecification, network_on_meta, persistent_buffers, requiring_no_gradient
-from sixfold.engine.config import AdamWConfig, DeepSpeedConfig
+from sixfold.engine.config import AdamWConfig, DeepSpeedConfig, OptimizerConfig
 from sixfold.engine.contract import State, StepReport
 from sixfold.engine.optimizers import allocate_adamw_state, torch_adamw
 from sixfold.engine.precision import compute_dtype
 from sixfold.engine.schedules import learning_rate_factor
 from sixfold.engine.sharding import own_part
-from sixfold.engine.zero_fragments import fragments
-from sixfold.errors import EnvironmentFault, RecipeError
-from sixfold.models.network import initial_value, reset_buffers
+from sixfold.engine.zero_fragments import fragments, group_of, partitions
+from sixfold.engine.zero_muon import MOMENTUM, FlatMuonAndAdamW, allocate_momentum, holds_matrices
+from sixfold.errors import EnvironmentFault
+from sixfold.models.network import ParameterTag, initial_value, reset_buffers
 
 SLOTS = ("exp_avg", "exp_avg_sq")
 _PARAMETER_SHARDING_STAGE = 3
@@ -46,22 +47,15 @@ class DeepSpeedEngine:
     def __init__(self, specification: RoleSpecification) -> None:
         config, optimizer = specification.engine, specification.optimizer
         assert isinstance(config, DeepSpeedConfig)
-        if not isinstance(optimizer, AdamWConfig):
-            raise RecipeError.of(
-                "Muon needs whole matrices, which DeepSpeed's flat partitions do not keep",
-                where="optimizer.type",
-                allowed="adamw under engine type deepspeed",
-                fix="set engine.type=fsdp to shard with Muon, or optimizer.type=adamw",
-            )
         ensure_group(specification.world)
         deepspeed = _import_deepspeed(specification.world)
         network, tags = network_on_meta(specification)
         settings = runtime_settings(config, specification.world)
         _materialize(deepspeed, network, settings, specification)
         parameters = dict(network.named_parameters())
-        adamw = torch_adamw(optimizer, optimizer.lr, parameters, tags)
+        updater = _updater(optimizer, parameters, tags)
         runtime, zero, *_ = deepspeed.initialize(
-            model=network, optimizer=adamw, config=settings, dist_init_required=False
+            model=network, optimizer=updater, config=settings, dist_init_required=False
         )
         self.specification = specification
         self.network: nn.Module = network
@@ -71,6 +65,10 @@ class DeepSpeedEngine:
         self._zero: Any = zero
         self._adam_states = _allocate_states(zero)
         self._fragments = fragments(zero, parameters)
+        self._slots: dict[str, tuple[str, ...]] = dict.fromkeys(parameters, SLOTS)
+        if isinstance(updater, FlatMuonAndAdamW):
+            updater.place(partitions(zero), self._fragments)
+            self._slots |= {name: (MOMENTUM,) for name in parameters if tags[name].matrix}
         self._host_mesh = host_mesh()
         for name, part in self._fragments.items():
             whole = initial_value(tags[name], part.shape, seed=specification.seed, role=specification.role, name=name)
@@ -148,9 +146,9 @@ class DeepSpeedEngine:
         """Return the state cut evenly over ranks on the CPU, gathered one tensor at a time; a collective."""
         state: State = {}
         for name, part in self._fragments.items():
-            state[f"parameters/{name}"] = self._cut(part.gather(part.read()))
-            for slot in SLOTS:
-                state[f"optimizer/{name}/{slot}"] = self._cut(part.gather(part.read(slot)))
+            state[f"parameters/{name}"] = self._cut(part.gather(part.read()).cpu())
+            for slot in self._slots[name]:
+                state[f"optimizer/{name}/{slot}"] = self._cut(part.gather(part.read(slot)).cpu())
         return state | self.average_state()
 
     def average_state(self) -> State:
@@ -159,18 +157,16 @@ class DeepSpeedEngine:
         state["optimizer_step"] = torch.tensor(self.updates)
         for kind, values in ({} if self._averages is None else self._averages.values).items():
             for name, held in values.items():
-                state[f"{kind}/{name}"] = self._cut(self._fragments[name].gather(held))
+                state[f"{kind}/{name}"] = self._cut(self._fragments[name].gather(held).cpu())
         return state
 
     def checkpoint_template(self) -> State:
         """Return empty tensors of :meth:`checkpoint_state`'s shapes and cuts."""
-        names = [f"optimizer/{{}}/{slot}" for slot in SLOTS] + ["parameters/{}"]
-        names += [] if self._averages is None else [f"{kind}/{{}}" for kind in self._averages.values]
-        template: State = {
-            pattern.format(name): self._cut(torch.empty(part.shape))
-            for name, part in self._fragments.items()
-            for pattern in names
-        }
+        kinds = ["parameters", *({} if self._averages is None else self._averages.values)]
+        template: State = {}
+        for name, part in self._fragments.items():
+            keys = [f"{kind}/{name}" for kind in kinds] + [f"optimizer/{name}/{slot}" for slot in self._slots[name]]
+            template |= {key: self._cut(torch.empty(part.shape)) for key in keys}
         template |= {f"buffers/{k}": torch.empty_like(v) for k, v in persistent_buffers(self.network).items()}
         return template | {"optimizer_step": torch.tensor(0)}
 
@@ -179,7 +175,7 @@ class DeepSpeedEngine:
         """Write every rank's fragments from a filled template, gathering one tensor at a time; a collective."""
         for name, part in self._fragments.items():
             part.write(part.cut(_whole(state[f"parameters/{name}"])))
-            for slot in SLOTS:
+            for slot in self._slots[name]:
                 part.write(part.cut(_whole(state[f"optimizer/{name}/{slot}"])), slot)
             for kind, values in ({} if self._averages is None else self._averages.values).items():
                 values[name].copy_(part.cut(_whole(state[f"{kind}/{name}"])))
@@ -194,7 +190,7 @@ class DeepSpeedEngine:
         """Yield every full parameter (or its average) and persistent buffer on the CPU; a collective."""
         for name, part in self._fragments.items():
             held = self._averages.main[name] if averaged and self._averages is not None else part.read()
-            yield name, part.gather(held)
+            yield name, part.gather(held).cpu()
         for name, value in persistent_buffers(self.network).items():
             yield name, value.detach().cpu().clone()
 
@@ -333,10 +329,22 @@ def _materialize(
             deepspeed.zero.Init(module=part, config_dict_or_path=settings, dtype=dtype)
 
 
+def _updater(
+    config: OptimizerConfig, parameters: Mapping[str, nn.Parameter], tags: Mapping[str, ParameterTag]
+) -> torch.optim.Optimizer:
+    if isinstance(config, AdamWConfig):
+        return torch_adamw(config, config.lr, parameters, tags)
+    return FlatMuonAndAdamW(config, parameters, tags)
+
+
 def _allocate_states(zero: Any) -> list[dict[str, Tensor]]:
-    """Make the moments of every flat partition before the first update, and link them to parameters."""
-    flat: list[Tensor] = getattr(zero, "single_partition_of_fp32_groups", None) or zero.fp32_partitioned_groups_flat
-    states = [allocate_adamw_state(zero.optimizer, partition) for partition in flat]
+    """Make the state of every flat partition before the first update, link it to parameters; return AdamW's."""
+    states = []
+    for number, partition in enumerate(partitions(zero)):
+        if holds_matrices(group_of(zero, number)):
+            allocate_momentum(zero.optimizer, partition)
+        else:
+            states.append(allocate_adamw_state(zero.optimizer, partition))
     link: Callable[[], None] | None = getattr(zero, "_lazy_init_hp_params_optimizer_state", None)
     if link is not None:
         link()

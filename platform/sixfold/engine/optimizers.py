@@ -62,7 +62,7 @@ def build_optimizer(
 
 
 def parameter_groups(
-    settings: AdamWSettings, lr: float, parameters: Mapping[str, nn.Parameter], tags: Mapping[str, ParameterTag]
+    weight_decay: float, lr: float, parameters: Mapping[str, nn.Parameter], tags: Mapping[str, ParameterTag]
 ) -> list[dict[str, Any]]:
     """Group parameters by their tags' decay and rate scale; ``peak_lr`` of a group is what schedules multiply."""
     groups: dict[tuple[bool, float], list[nn.Parameter]] = defaultdict(list)
@@ -73,7 +73,7 @@ def parameter_groups(
             "params": members,
             "peak_lr": lr * scale,
             "lr": lr * scale,
-            "weight_decay": settings.weight_decay if decayed else 0.0,
+            "weight_decay": weight_decay if decayed else 0.0,
         }
         for (decayed, scale), members in groups.items()
     ]
@@ -83,7 +83,7 @@ def torch_adamw(
     settings: AdamWSettings, lr: float, parameters: Mapping[str, nn.Parameter], tags: Mapping[str, ParameterTag]
 ) -> torch.optim.AdamW:
     """Return torch's fused AdamW over the tagged groups, without state."""
-    groups = parameter_groups(settings, lr, parameters, tags)
+    groups = parameter_groups(settings.weight_decay, lr, parameters, tags)
     return torch.optim.AdamW(groups, lr=lr, betas=settings.betas, eps=settings.eps, fused=True)
 
 
@@ -189,11 +189,16 @@ class Muon:
     def _apply(self, name: str, update: Tensor, factor: float) -> None:
         value, tag = self._parameters[name], self._tags[name]
         lr = factor * self._config.lr * tag.lr_scale
-        rows, columns = update.shape[-2:]
         local = value.to_local() if isinstance(value, DTensor) else value
         if tag.weight_decay and self._config.weight_decay:
             local.mul_(1.0 - lr * self._config.weight_decay)
-        local.add_(_part_to_apply(update, value), alpha=-lr * max(1.0, rows / columns) ** 0.5)
+        local.add_(_part_to_apply(update, value), alpha=-lr * aspect_scale(update.shape))
+
+
+def aspect_scale(shape: torch.Size) -> float:
+    """sqrt(max(1, out / in)) of ``[..., out, in]`` matrices: what Muon's update of them is multiplied by."""
+    rows, columns = shape[-2:]
+    return float(max(1.0, rows / columns) ** 0.5)
 
 
 class MuonWithAdamW:

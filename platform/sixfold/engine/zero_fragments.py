@@ -25,6 +25,8 @@ class Fragment:
         shape: the whole parameter's shape.
         start: first held element of the flattened parameter.
         numel: how many are held, possibly none.
+        partition: which of :func:`partitions` holds them.
+        offset: where in it they begin.
     """
 
     zero: Any
@@ -32,6 +34,8 @@ class Fragment:
     shape: torch.Size
     start: int
     numel: int
+    partition: int
+    offset: int
 
     def read(self, slot: str | None = None) -> Tensor:
         """Return the held fp32 elements of the master, or of an optimizer slot, ``[numel]``."""
@@ -54,17 +58,34 @@ class Fragment:
         elif self.numel > 0:
             self.read(slot).copy_(held)
 
+    def held_of(self, flat: Tensor) -> Tensor:
+        """Return the held elements ``[numel]`` of a tensor laid out like the partition, as a view."""
+        return flat.narrow(0, self.offset, self.numel)
+
     def cut(self, whole: Tensor) -> Tensor:
         """Return what this rank holds of a whole parameter."""
         return whole.reshape(-1)[self.start : self.start + self.numel]
 
     def gather(self, held: Tensor) -> Tensor:
-        """Join all ranks' fragments to the whole fp32 parameter on the CPU; a collective."""
+        """Join all ranks' fragments to the whole fp32 parameter on the parameter's device; a collective."""
         whole = torch.zeros(math.prod(self.shape), dtype=torch.float32, device=self.parameter.device)
         whole[self.start : self.start + self.numel].copy_(held)
         if dist.get_world_size() > 1:
             dist.all_reduce(whole)
-        return whole.reshape(self.shape).cpu()
+        return whole.reshape(self.shape)
+
+
+def partitions(zero: Any) -> list[Tensor]:
+    """Return the flat fp32 partitions that the optimizer updates: one a group of parameters, or a part of one."""
+    flat: list[Tensor] = getattr(zero, "single_partition_of_fp32_groups", None) or zero.fp32_partitioned_groups_flat
+    return flat
+
+
+def group_of(zero: Any, partition: int) -> dict[str, Any]:
+    """Return the optimizer's group that a partition belongs to."""
+    number = zero.sub_group_to_group_id[partition] if hasattr(zero, "sub_group_to_group_id") else partition
+    group: dict[str, Any] = zero.optimizer.param_groups[number]
+    return group
 
 
 def fragments(zero: Any, parameters: Mapping[str, nn.Parameter]) -> dict[str, Fragment]:
@@ -77,9 +98,11 @@ def _fragment(zero: Any, parameter: Any) -> Fragment:
         part = parameter.ds_tensor.numel()
         start = min(part * dist.get_rank(), parameter.ds_numel)
         numel = min(part, parameter.ds_numel - start)
-        return Fragment(zero, parameter, torch.Size(parameter.ds_shape), start, numel)
+        partition, offset, _ = zero.grad_position[zero.get_param_id(parameter)]
+        return Fragment(zero, parameter, torch.Size(parameter.ds_shape), start, numel, partition, offset)
+    partition = next(i for i, group in enumerate(zero.bit16_groups) if any(one is parameter for one in group))
     mapping = parameter._hp_mapping
     if mapping is None:
-        return Fragment(zero, parameter, parameter.shape, 0, 0)
-    address = mapping.lp_fragment_address
-    return Fragment(zero, parameter, parameter.shape, address.start, address.numel)
+        return Fragment(zero, parameter, parameter.shape, 0, 0, partition, 0)
+    held, offset = mapping.lp_fragment_address, mapping.hp_fragment_address.start
+    return Fragment(zero, parameter, parameter.shape, held.start, held.numel, partition, offset)

@@ -175,6 +175,18 @@ def sent_by_replica(
     return sent
 
 
+def gathered_matrices(shapes: Iterable[Parameter], *, world_size: int) -> Counter[Collective]:
+    """Messages of Muon's update under ZeRO: every matrix is made whole on every rank, in fp32."""
+    sent: Counter[Collective] = Counter()
+    for value in shapes if world_size > 1 else ():
+        if value.tag.matrix:
+            message = Collective(
+                kind="all_reduce", ranks=tuple(range(world_size)), message_bytes=value.elements * _FP32
+            )
+            sent[message] += 1
+    return sent
+
+
 def _optimizer_groups(parameters: Iterable[Parameter]) -> Mapping[tuple[bool, float], int]:
     """Elements by optimizer group, each of which is one flat buffer."""
     groups: Counter[tuple[bool, float]] = Counter()

@@ -21,7 +21,7 @@ from sixfold.distributed.process_group import World
 from sixfold.distributed.randomness import PositionRandom
 from sixfold.engine.averaging import kinds_of
 from sixfold.engine.base import NetworkSpecification, RoleSpecification
-from sixfold.engine.config import ConstantScheduleConfig, EngineConfig, FSDPConfig, MuonConfig
+from sixfold.engine.config import ConstantScheduleConfig, DeepSpeedConfig, EngineConfig, FSDPConfig, MuonConfig
 from sixfold.engine.fsdp import FSDPEngine
 from sixfold.engine.rehearsal import untrained_network
 from sixfold.engine.sharding import local_tensors
@@ -30,7 +30,7 @@ from sixfold.models.network import Network, parameter_tags
 from sixfold.models.trained.network import NetworksConfig
 from sixfold.objectives.contract import Batch, LossTerms, Objective, Phase, Progress
 from sixfold.planning.meter import USES, Collective, Readings, StepMeter, Use
-from sixfold.planning.partition import Held, Parameter, held_by_rank, sent_by_replica
+from sixfold.planning.partition import Held, Parameter, gathered_matrices, held_by_rank, sent_by_replica
 from sixfold.planning.replica import Replica
 from sixfold.recipe.checks import check_recipe
 from sixfold.recipe.recipe import Recipe
@@ -235,6 +235,8 @@ class _Cast:
                     device=self._world.device,
                     micro_batches=micro_batches,
                 )
+                if isinstance(engine, DeepSpeedConfig) and isinstance(self._recipe.optimizer_of(role), MuonConfig):
+                    sent += gathered_matrices(self.shapes[role], world_size=world_size)
         return sent
 
     def _micro_batches(self, phase: Phase) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from sixfold.config.provenance import Provenance
 from sixfold.config.schema import nearest, spell_plain
-from sixfold.engine.config import DeepSpeedConfig, FSDPConfig, MuonConfig
+from sixfold.engine.config import DeepSpeedConfig, FSDPConfig
 from sixfold.errors import Fault, RecipeError
 from sixfold.evaluation.config import metric_types
 from sixfold.models.text_encoder.config import ByteTextEncoderConfig
@@ -325,17 +325,9 @@ def _reference_images(checked: _Checked) -> Iterator[Fault]:
 
 
 def _engines_fit(checked: _Checked) -> Iterator[Fault]:
-    """ZeRO keeps flat partitions, which Muon cannot orthogonalise; HSDP replicas divide the ranks."""
+    """Partitioned parameters have no forward-mode derivative; HSDP replicas divide the ranks."""
     for role in checked.recipe.objective.role_names:
         engine, key = checked.recipe.engine_of(role), checked.role_key(role, "engine")
-        if isinstance(engine, DeepSpeedConfig) and isinstance(checked.recipe.optimizer_of(role), MuonConfig):
-            optimizer_key = checked.role_key(role, "optimizer")
-            yield checked.fault(
-                f"{checked.say(f'{key}.type', f'{optimizer_key}.type')}: ZeRO keeps flat pieces, Muon whole matrices",
-                at=f"{optimizer_key}.type",
-                allowed="deepspeed with adamw; ddp or fsdp with either",
-                fix=f"set {optimizer_key}.type=adamw (with its lr), or {key}.type=fsdp",
-            )
         if isinstance(engine, DeepSpeedConfig) and engine.zero_stage == 3 and checked.recipe.objective.forward_mode:
             yield checked.fault(
                 f"{checked.say(f'{key}.zero_stage', 'objective.type')}: partitioned parameters have no forward-mode "
@@ -351,6 +343,22 @@ def _engines_fit(checked: _Checked) -> Iterator[Fault]:
                 allowed=f"a divisor of {checked.world_size}",
                 fix=f"set {key}.replicate=1, or run on a multiple of {engine.replicate} ranks",
             )
+
+
+def _budgets_agree(checked: _Checked) -> Iterator[Fault]:
+    """What the compiler may keep is one setting of the process, read by whichever role is compiled."""
+    recipe = checked.recipe
+    compiled = [role for role in recipe.objective.role_names if recipe.engine_of(role).compile]
+    shares = {role: recipe.engine_of(role).activation_memory_budget for role in compiled}
+    if len(set(shares.values())) > 1:
+        told = ", ".join(f"{role}: {'none' if share is None else f'{share:g}'}" for role, share in shares.items())
+        key = checked.role_key(next(role for role in compiled if shares[role] is not None), "engine")
+        yield checked.fault(
+            f"compiled roles differ in activation_memory_budget ({told}): the compiler has one for all",
+            at=f"{key}.activation_memory_budget",
+            allowed="one budget for all roles with compile: true",
+            fix="give these roles the same budget, or compile: false to those without",
+        )
 
 
 def _milestones_are_saved(checked: _Checked) -> Iterator[Fault]:
@@ -381,5 +389,6 @@ _CHECKS: tuple[Callable[[_Checked], Iterator[Fault]], ...] = (
     _captions_fit,
     _reference_images,
     _engines_fit,
+    _budgets_agree,
     _milestones_are_saved,
 )
