@@ -15,6 +15,7 @@ from sixfold.pipeline.runner import plan
 from sixfold.recipe.catalogue import catalogue
 from sixfold.recipe.load import load_recipe
 from sixfold.recipe.recipe import Recipe
+from sixfold.train.assembly import identity_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -321,3 +322,13 @@ def test_provenance_falls_back_to_entries_sections_and_the_recipe():
     assert provenance.nearest(("a", "zz")) == "f.yaml:1"
     assert provenance.nearest(("c", "d")) == "override c.d.e=1"
     assert Provenance("f.yaml").nearest(("x", "y")) == "f.yaml"
+
+
+@pytest.mark.parametrize("types", [("adamw", "adamw"), ("adamw", "muon"), ("muon", "muon")])
+def test_a_checkpoint_is_bound_to_the_optimizers_of_its_roles(types):
+    of_roles = [
+        f"roles.{role}.optimizer={{type: {kind}, lr: 0.01}}"
+        for role, kind in zip(("codec", "discriminator"), types, strict=True)
+    ]
+    bound = identity_of(load_recipe("codec/vq-smoke", of_roles).recipe)["optimizer.type"]
+    assert bound == (types[0] if len({*types}) == 1 else {"codec": "adamw", "discriminator": "muon"})

@@ -94,7 +94,9 @@ class DeepSpeedConfig(_EngineSettings):
     implementation: ClassVar[str] = "sixfold.engine.deepspeed:DeepSpeedEngine"
     type: Literal["deepspeed"] = Field(default="deepspeed", description="DeepSpeed ZeRO.")
     zero_stage: Literal[1, 2, 3] = Field(
-        default=2, description="What is sharded: 1 optimizer state, 2 and gradients, 3 and parameters."
+        default=2,
+        description="What is sharded: 1 optimizer state, 2 and gradients, 3 and parameters. In bf16 stage 1 computes "
+        "under autocast on fp32 parameters, as ddp does; 2 and 3 keep bf16 parameters beside the fp32 masters.",
     )
     offload_optimizer: bool = Field(
         default=False, description="Keep fp32 masters and optimizer state in CPU memory and update there."

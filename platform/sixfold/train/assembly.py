@@ -115,10 +115,17 @@ def identity_of(recipe: Recipe) -> dict[str, JsonValue]:
         "data.lanes": recipe.data.lane_count,
         "data.sequence_length": recipe.data.sequence_length,
         "objective": recipe.objective.model_dump(mode="json"),
-        "optimizer.type": recipe.optimizer.type,
+        "optimizer.type": _optimizer_types(recipe),
         "train.ema": None if recipe.train.ema is None else recipe.train.ema.model_dump(mode="json", include=_AVERAGE),
     }
     return settings | {f"networks.{name}": network for name, network in networks.items()}
+
+
+def _optimizer_types(recipe: Recipe) -> JsonValue:
+    """The update rule, which names the optimizer's tensors; by role where the roles differ."""
+    types: dict[str, JsonValue] = {role: recipe.optimizer_of(role).type for role in recipe.objective.role_names}
+    first, *others = types.values()
+    return types if any(other != first for other in others) else first
 
 
 def _identity_of_trained(network: TrainedNetwork) -> JsonValue:
