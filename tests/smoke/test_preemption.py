@@ -52,11 +52,12 @@ def test_twenty_disturbances_lose_nothing(disturbance: str, demo_data: Path, tmp
     assert found["steps"] >= TRIALS
 
 
-@pytest.mark.parametrize("after_s", [0.0, 1.0])
-def test_a_request_in_the_first_second_is_heard(after_s: float, demo_data: Path, tmp_path: Path) -> None:
-    """The ranks exist, but import for seconds yet: they take one step, save it, and end."""
+@pytest.mark.parametrize(("ranks", "after_s"), [(1, 0.0), (2, 0.0), (2, 1.0)])
+def test_a_request_in_the_first_second_is_heard(ranks: int, after_s: float, demo_data: Path, tmp_path: Path) -> None:
+    """The ranks exist, or the first of them, but import for seconds yet: they take one step, save it, and end."""
+    settings = [f"data.path={demo_data / 'digits'}", *SETTINGS]
     process = subprocess.Popen(
-        [*COMMAND, f"data.path={demo_data / 'digits'}", *SETTINGS, "--run-dir", str(tmp_path / "run")],
+        [*COMMAND, *settings, "--nproc", str(ranks), "--run-dir", str(tmp_path / "run")],
         env=ENVIRONMENT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
