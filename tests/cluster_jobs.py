@@ -25,9 +25,11 @@ TINY = [
     "engine.precision=fp32",
 ]
 
-PATIENCE_S = 400  # for what takes seconds on an idle machine
-STEPS = 80
+PATIENCE_S = 600  # for what takes seconds on an idle machine
+STEPS = 100
 REFERENCE = (
+    "data.global_batch=12",
+    "data.lanes=12",  # which 1, 2, 3, 4, 6 and 12 ranks can share
     f"train.steps={STEPS}",
     "checkpoint.every_steps=5",
     "tracking.type=mlflow",
@@ -37,10 +39,10 @@ REFERENCE = (
 """What the fixture `reference` trains; submitted elsewhere it must train the same."""
 
 
-def sixfold(*arguments, environment=None, directory=None, timeout=PATIENCE_S, check=True):
-    """Run the real command; return it finished."""
+def sixfold(*arguments, environment=None, directory=None, timeout=PATIENCE_S, check=True, inside=()):
+    """Run the real command, inside another if need be; return it finished."""
     done = subprocess.run(
-        [sys.executable, "-m", "sixfold.cli.main", *map(str, arguments)],
+        [*inside, sys.executable, "-m", "sixfold.cli.main", *map(str, arguments)],
         env={**os.environ, **(environment or {})},
         cwd=directory,
         capture_output=True,
@@ -129,6 +131,16 @@ def attempts(run):
     return [event["step"] for event in read_events(run) if event.get("event") in ("started", "resumed")]
 
 
+def wait_for_attempt(job, number, step=1, timeout=PATIENCE_S):
+    """Wait until a run was started or resumed so many times, and has taken ``step`` steps since."""
+
+    def reached():
+        starts = attempts(job.run) if losses(job.run) else []
+        return len(starts) >= number and max(losses(job.run), default=0) >= starts[-1] + step
+
+    wait_for(reached, f"{job.run} did not come to attempt {number}", timeout, job)
+
+
 def logged_steps(run):
     """The step of every metrics line that holds a loss, in order: a step written twice shows."""
     return [event["step"] for event in read_events(run) if "train/loss" in event.get("metrics", {})]
@@ -138,7 +150,9 @@ def mirrored(run, workplace):
     """A run in the MLflow store of the folder it was submitted in: names of what it holds, and points by metric."""
     stored = Stored(run, f"sqlite:///{workplace}/mlflow.db")
     metrics = [name for name in stored.run.data.metrics if not name.startswith("system/")]
-    tags = {name for name in stored.run.data.tags if not name.startswith(("variable.", "mlflow.source.git"))}
+    tags = {
+        name for name in stored.run.data.tags if not name.startswith(("variable.", "version.", "mlflow.source.git"))
+    }
     return {
         "parameters": set(stored.run.data.params),
         "tags": tags,
@@ -146,6 +160,12 @@ def mirrored(run, workplace):
         "artifacts": stored.artifacts(),
         "points": {name: stored.steps(name) for name in metrics},
     }
+
+
+def files_holding(words, folders):
+    """Every file below the folders that holds one of the words."""
+    files = [path for folder in folders for path in Path(folder).rglob("*") if path.is_file()]
+    return [path for path in files if any(word in path.read_bytes() for word in words)]
 
 
 def command_of(process):
@@ -161,11 +181,25 @@ def processes_naming(path):
     return [process for process in psutil.process_iter() if str(path) in command_of(process)]
 
 
-class Frozen:
+def processes_of_sessions(sessions):
+    """Processes of some sessions, in the sessions' order."""
+    found = [(session_of(process), process) for process in psutil.process_iter()]
+    return [process for wanted in dict.fromkeys(sessions) for session, process in found if session == wanted]
+
+
+def session_of(process):
+    """The session of a process; None when it has ended."""
+    try:
+        return os.getsid(process.pid)
+    except ProcessLookupError:
+        return None
+
+
+class Held:
     """Holds ranks between two instructions, so that a test acts at a known step and nothing is trained meanwhile."""
 
-    def __init__(self, job):
-        self.processes = job.ranks()
+    def __init__(self, processes):
+        self.processes = processes
 
     def __enter__(self):
         for process in self.processes:
@@ -176,6 +210,16 @@ class Frozen:
         for process in self.processes:
             if process.is_running():
                 process.send_signal(signal.SIGCONT)
+
+    def __getitem__(self, index):
+        return self.processes[index]
+
+
+class Frozen(Held):
+    """Holds the ranks of a job on this machine or Slurm."""
+
+    def __init__(self, job):
+        super().__init__(job.ranks())
 
     def has_pending(self, *numbers):
         """Whether every rank that still runs has been sent one of these signals, which it hears when it goes on."""

@@ -1,13 +1,12 @@
 """What the Ray tests see of a real local cluster: its nodes, the ranks on them, and how to take them away."""
 
 import os
-import signal
 import subprocess
 import sys
 
 import psutil
 
-from cluster_jobs import Job, attempts, command_of, losses, wait_for
+from cluster_jobs import command_of, session_of, wait_for
 from sixfold_launchers import ray_cluster
 
 STEPS = 100
@@ -87,38 +86,3 @@ class Nodes:
             timeout=60,
             capture_output=True,
         )
-
-
-def session_of(process):
-    """The session of a process; None when it has ended."""
-    try:
-        return os.getsid(process.pid)
-    except ProcessLookupError:
-        return None
-
-
-class Held:
-    """Holds ranks still, so that a test acts at a known step and nothing is trained meanwhile."""
-
-    def __init__(self, processes):
-        self.processes = processes
-
-    def __enter__(self):
-        for process in self.processes:
-            process.send_signal(signal.SIGSTOP)
-        return self
-
-    def __exit__(self, *_):
-        for process in self.processes:
-            if process.is_running():
-                process.send_signal(signal.SIGCONT)
-
-
-def wait_for_attempt(job: Job, number, step=1, timeout=300):
-    """Wait until a run was started or resumed so many times, and has taken ``step`` steps since."""
-
-    def reached():
-        starts = attempts(job.run) if losses(job.run) else []
-        return len(starts) >= number and max(losses(job.run), default=0) >= starts[-1] + step
-
-    wait_for(reached, f"{job.run} did not come to attempt {number}", timeout, job)

@@ -21,6 +21,7 @@ from sixfold_launchers.contract import leave_outcome, read_outcome
 from sixfold_launchers.ray_order import DRIVER_MODULE, Order, Requests
 
 _PR_SET_PDEATHSIG = 1  # from linux/prctl.h
+_LIBC = ctypes.CDLL(None)
 
 
 def main() -> int:
@@ -81,9 +82,13 @@ def _all_stopped(runs: tuple[Path, ...]) -> bool:
     return all(Requests(run).read() == "stop" for run in runs)
 
 
+def end_with_parent() -> None:
+    """Have the kernel end this process when its parent is gone, however that ends."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def _attempt(path: Path, order: Order, runs: tuple[Path, ...]) -> int:
-    # The kernel ends this process when its parent is gone: nobody would answer for its ranks.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent()  # nobody would answer for its ranks
     from sixfold.train.run_folder import RunFolder
     from sixfold_launchers.ray_train import TrainingFailedError, connect, train_run
 

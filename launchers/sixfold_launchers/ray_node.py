@@ -25,6 +25,7 @@ from sixfold.errors import EnvironmentFault, SixfoldError
 from sixfold_launchers.contract import port_of
 from sixfold_launchers.profiles import SlurmRayProfile
 from sixfold_launchers.ray_cluster import authentication, write_token
+from sixfold_launchers.ray_driver import end_with_parent
 from sixfold_launchers.ray_order import DRIVER_MODULE, Order, Requests
 from sixfold_launchers.ray_server import RayServer
 
@@ -91,6 +92,11 @@ class Meeting:
     def address(self) -> Path:
         """Where the head listens; it is there once the head has chosen."""
         return self._path("address")
+
+    @property
+    def ready(self) -> Path:
+        """There when every node has joined."""
+        return self._path("ready")
 
     @property
     def ended(self) -> Path:
@@ -179,19 +185,21 @@ def _keep_head(order: Order, run: Path, place: Place) -> int:
     profile, meeting, host = _profile(order), Meeting(run, place), own_address()
     meeting.clear()
     write_token(meeting.token)
-    ray = _start_ray(head_arguments(place, profile, host), meeting)
+    ray = Ray(head_arguments(place, profile, host), meeting)
     try:
         address = f"{host}:{place.port(_HEAD)}"
         _write(meeting.address, address)
         _wait_for_nodes(place, meeting, ray)
+        _write(meeting.ready, "")
         driver = subprocess.Popen(
             [sys.executable, "-m", DRIVER_MODULE, sys.argv[1], "--run", str(run)],
             env={**os.environ, **authentication(meeting.token), "RAY_ADDRESS": address},
+            preexec_fn=end_with_parent,  # noqa: PLW1509  # no threads here
         )
         return _first_to_end(driver, ray)
     finally:
         _write(meeting.ended, "")
-        _stop(ray)
+        ray.stop()
         meeting.token.unlink(missing_ok=True)
 
 
@@ -202,42 +210,34 @@ def _keep_worker(order: Order, run: Path, place: Place) -> int:
         if time.monotonic() > deadline_s:
             raise _too_late("the head did not start", place)
         time.sleep(_POLL_S)
-    ray = _start_ray(worker_arguments(place, profile, own_address(), meeting.address.read_text()), meeting)
+    ray = Ray(worker_arguments(place, profile, own_address(), meeting.address.read_text()), meeting)
     try:
-        while ray.poll() is None:
-            if meeting.ended.exists():
-                return 0
+        while not meeting.ended.exists():
+            if ray.has_died():
+                return _died("Ray", place)
             time.sleep(_POLL_S)
-        return 0 if meeting.ended.exists() else _died("Ray", place)
+        return 0
     finally:
-        _stop(ray)
+        ray.stop()
 
 
-def _first_to_end(driver: subprocess.Popen[bytes], ray: subprocess.Popen[bytes]) -> int:
+def _first_to_end(driver: subprocess.Popen[bytes], ray: Ray) -> int:
     """Wait for the driver; if Ray dies under it, end it too. The driver may be the first to notice."""
-    while (code := driver.poll()) is None and ray.poll() is None:
+    while (code := driver.poll()) is None and not ray.has_died():
         time.sleep(_POLL_S)
     if code is None:
         driver.kill()
         driver.wait()
-    if code == 0 or (code is not None and not _ends_within(ray, _NOTICE_S)):
+    elif code == 0 or not ray.dies_within(_NOTICE_S):
         return code if code >= 0 else 128 - code
     return _died("Ray's head", Place.read(os.environ))
 
 
-def _ends_within(process: subprocess.Popen[bytes], timeout_s: float) -> bool:
-    try:
-        process.wait(timeout_s)
-    except subprocess.TimeoutExpired:
-        return False
-    return True
-
-
-def _wait_for_nodes(place: Place, meeting: Meeting, ray: subprocess.Popen[bytes]) -> None:
+def _wait_for_nodes(place: Place, meeting: Meeting, ray: Ray) -> None:
     server = RayServer(f"http://127.0.0.1:{place.port(_DASHBOARD)}", meeting.token)
     deadline_s, found = time.monotonic() + JOIN_TIMEOUT_S, 0
     while found < place.nodes:
-        if ray.poll() is not None:
+        if ray.has_died():
             raise _too_late("Ray's head has ended", place)
         if time.monotonic() > deadline_s:
             raise _too_late(f"{found} of {place.nodes} Ray nodes have joined", place)
@@ -254,26 +254,56 @@ def _too_late(what: str, place: Place) -> SixfoldError:
     )
 
 
-def _start_ray(arguments: Sequence[str], meeting: Meeting) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "ray.scripts.scripts", *arguments],
-        env={**os.environ, **authentication(meeting.token), "RAY_USAGE_STATS_ENABLED": "0"},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+class Ray:
+    """Ray on this node.
 
+    Until all nodes have joined it is started again when it ends: it gives itself, and the head, half a minute to come
+    up, which a busy machine may exceed.
+    """
 
-def _stop(ray: subprocess.Popen[bytes]) -> None:
-    """End Ray on this node with all it started; its agents outlive a raylet that is merely killed."""
-    import psutil  # type: ignore[import-untyped]  # it ships no types
+    def __init__(self, arguments: Sequence[str], meeting: Meeting) -> None:
+        self._arguments, self._meeting = arguments, meeting
+        self._deadline_s = time.monotonic() + JOIN_TIMEOUT_S
+        self._process = self._start()
 
-    processes = [process for process in psutil.process_iter() if _session_of(process.pid) == ray.pid]
-    ray.terminate()
-    _, alive = psutil.wait_procs(processes, timeout=_STOP_TIMEOUT_S)
-    for process in alive:
-        process.kill()
-    ray.wait()
+    def has_died(self) -> bool:
+        """Whether it has ended for good."""
+        if self._process.poll() is None:
+            return False
+        if self._meeting.ready.exists() or time.monotonic() > self._deadline_s:
+            return True
+        self.stop()
+        self._process = self._start()
+        return False
+
+    def dies_within(self, timeout_s: float) -> bool:
+        """Whether it ends in a moment."""
+        try:
+            self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def stop(self) -> None:
+        """End it with all it started; its agents outlive a raylet that is merely killed."""
+        import psutil  # type: ignore[import-untyped]  # it ships no types
+
+        processes = [process for process in psutil.process_iter() if _session_of(process.pid) == self._process.pid]
+        self._process.terminate()
+        _, alive = psutil.wait_procs(processes, timeout=_STOP_TIMEOUT_S)
+        for process in alive:
+            process.kill()
+        self._process.wait()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "ray.scripts.scripts", *self._arguments],
+            env={**os.environ, **authentication(self._meeting.token), "RAY_USAGE_STATS_ENABLED": "0"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+            preexec_fn=end_with_parent,  # noqa: PLW1509  # no threads here; Ray's own reaper ends its session
+        )
 
 
 def _session_of(pid: int) -> int | None:

@@ -9,10 +9,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cluster_jobs import REFERENCE, Job, processes_naming
+from cluster_jobs import RECIPE, REFERENCE, TINY, Job, processes_naming, sixfold
 
 DEV_CLUSTER = Path(__file__).resolve().parents[2] / "infra" / "slurm" / "dev-cluster"
 NODES = 4
+
+
+LONGEST = ("test_slurm_chaos", "test_ray_training", "test_ray_slurm")
+"""Files by the time they take, the longest first, so that workers end together."""
 
 
 def pytest_collection_modifyitems(items):
@@ -20,6 +24,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.is_relative_to(Path(__file__).parent):
             item.add_marker(pytest.mark.cluster)
+            item.add_marker(pytest.mark.timeout(1200))
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 def unavailable(why):
@@ -141,6 +147,26 @@ def submit(text, workplace):
     for process in [process for job in jobs for process in processes_naming(job.id)]:
         with suppress(psutil.NoSuchProcess):
             process.kill()
+
+
+@pytest.fixture
+def refuse(text, workplace):
+    """Submit what cannot be submitted; return the one screen that says so."""
+
+    def submit(code, *arguments, to="slurm", environment=None, directory=workplace, inside=()):
+        with_code = ["--with", "snapshot.policy=installed"] if "snapshot" not in str(arguments) else []
+        runs = ["--with", f"runs={workplace}/runs"] if "runs=" not in str(arguments) else []
+        done = sixfold(
+            "submit", RECIPE, "--to", to, f"data.path={text}", "train.steps=3", *TINY, *with_code, *runs, *arguments,
+            environment=environment, directory=directory, check=False, inside=inside,
+        )  # fmt: skip
+        assert done.returncode == code, done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+        assert "fix:" in done.stderr
+        assert len(done.stderr.splitlines()) <= 12
+        return done.stderr
+
+    return submit
 
 
 @pytest.fixture(scope="session")

@@ -5,8 +5,6 @@ import shutil
 import signal
 from concurrent.futures import ThreadPoolExecutor
 
-import pytest
-
 from cluster_jobs import (
     PATIENCE_S,
     REFERENCE,
@@ -21,8 +19,6 @@ from cluster_jobs import (
     sixfold,
     wait_for,
 )
-
-pytestmark = pytest.mark.timeout(1200)
 
 LONE_STEPS = 60
 LONE = (f"train.steps={LONE_STEPS}", "checkpoint.every_steps=1000", "tracking.type=jsonl")

@@ -2,14 +2,12 @@
 
 import json
 import os
-from pathlib import Path
-
-import pytest
 
 from cluster_jobs import (
     PATIENCE_S,
     Frozen,
     attempts,
+    files_holding,
     logged_steps,
     losses,
     outcome,
@@ -17,8 +15,6 @@ from cluster_jobs import (
     sixfold,
     wait_for,
 )
-
-pytestmark = pytest.mark.timeout(1200)
 
 
 def test_a_cancelled_job_saves_ends_and_may_be_taken_up(slurm_cluster, submit):
@@ -76,12 +72,6 @@ def test_a_sweep_is_an_array_that_runs_shipped_code_with_secrets_nobody_sees(
     places = [workplace, slurm_cluster.state, os.environ["SIXFOLD_STATE"]]
     assert not [word for word in planted if word in shown]
     assert files_holding(planted, places) == []
-
-
-def files_holding(words, folders):
-    """Every file below the folders that holds one of the words."""
-    files = [path for folder in folders for path in Path(folder).rglob("*") if path.is_file()]
-    return [path for path in files if any(word in path.read_bytes() for word in words)]
 
 
 def test_a_secret_that_the_node_lacks_ends_the_job_with_the_fix(slurm_cluster, submit, tmp_path):

@@ -1,6 +1,7 @@
 """What goes wrong at submission: one screen that says what, where and how to mend it, and exit code 2 or 3."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -12,29 +13,7 @@ import pytest
 from cluster_jobs import PATIENCE_S, RECIPE, TINY, Frozen, sixfold, wait_for
 from sixfold_launchers.job_book import JobBook
 
-pytestmark = pytest.mark.timeout(1200)
-
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture
-def refuse(text, workplace):
-    """Submit what cannot be submitted; return the one screen that says so."""
-
-    def submit(code, *arguments, to="slurm", environment=None, directory=workplace):
-        with_code = ["--with", "snapshot.policy=installed"] if "snapshot" not in str(arguments) else []
-        runs = ["--with", f"runs={workplace}/runs"] if "runs=" not in str(arguments) else []
-        done = sixfold(
-            "submit", RECIPE, "--to", to, f"data.path={text}", "train.steps=3", *TINY, *with_code, *runs, *arguments,
-            environment=environment, directory=directory, check=False,
-        )  # fmt: skip
-        assert done.returncode == code, done.stdout + done.stderr
-        assert "Traceback" not in done.stderr
-        assert "fix:" in done.stderr
-        assert len(done.stderr.splitlines()) <= 12
-        return done.stderr
-
-    return submit
 
 
 @pytest.mark.parametrize(
@@ -75,6 +54,27 @@ def test_no_slurm_here(refuse, tmp_path):
 def test_a_folder_that_cannot_be_written(slurm_cluster, refuse, tmp_path, to):
     (tmp_path / "file").touch()
     assert f"{tmp_path}/file" in refuse(3, "--with", f"runs={tmp_path}/file/runs", to=to)
+
+
+@pytest.mark.parametrize(
+    ("size", "writable", "words"),
+    [("4k", "rw", "No space left on device"), ("1m", "ro", "Read-only file system")],
+    ids=["full disk", "read-only folder"],
+)
+@pytest.mark.parametrize("to", ["local", "slurm", "slurm-ray"])
+def test_a_disk_that_takes_no_run(slurm_cluster, refuse, tmp_path, to, size, writable, words):
+    disk = f'mount -t tmpfs -o size={size},{writable} tmpfs {tmp_path} && exec "$@"'
+    inside = ("unshare", "--mount", *(() if os.geteuid() == 0 else ("--map-root-user",)), "sh", "-c", disk, "sh")
+    said = refuse(3, "--with", f"runs={tmp_path}/runs", to=to, inside=inside)
+    assert words in said
+    assert str(tmp_path) in said
+    assert [job for job in JobBook().jobs() if job.state == "submitting"] == [], "nothing is left of the attempt"
+
+
+def test_slurm_ray_refuses_what_slurm_refuses_and_what_has_no_room(slurm_cluster, refuse):
+    assert "invalid partition specified: gup" in refuse(2, "--with", "partition=gup", to="slurm-ray")
+    ranks = ("--with", "ranks.minimum=4", "--with", "ranks.maximum=4")
+    assert "have room for 1 ranks, the profile wants at least 4" in refuse(2, *ranks, to="slurm-ray")
 
 
 def test_a_malformed_profile_names_the_line(refuse, tmp_path):

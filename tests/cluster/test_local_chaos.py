@@ -1,0 +1,45 @@
+"""A job on this machine, whatever is killed of it, ends as if nothing had happened."""
+
+import signal
+
+import psutil
+
+from cluster_jobs import (
+    PATIENCE_S,
+    REFERENCE,
+    STEPS,
+    Frozen,
+    attempts,
+    logged_steps,
+    losses,
+    mirrored,
+    processes_naming,
+    sixfold,
+    wait_for,
+    wait_for_attempt,
+)
+
+
+def test_a_local_job_survives_its_ranks_its_keeper_and_two_preemptions(submit, reference, workplace):
+    job = submit("local", *REFERENCE, settings=("ranks=2",))
+    job.wait_for_step(6)
+    with Frozen(job) as ranks:
+        ranks[1].send_signal(signal.SIGKILL)
+    wait_for_attempt(job, 2, step=6)
+    with Frozen(job):
+        psutil.Process(int(job.cluster_id.partition("@")[0])).kill()
+    wait_for(lambda: job.state() == "interrupted", "the job outlives its keeper", PATIENCE_S, job)
+    sixfold("jobs", "requeue", job.id)
+    for turn in (3, 4):
+        wait_for_attempt(job, turn, step=3)
+        before = max(losses(job.run))
+        sixfold("jobs", "requeue", job.id)  # a job that runs saves first
+        wait_for(lambda: len(attempts(job.run)) > turn, "the preempted run did not go on", PATIENCE_S, job)  # noqa: B023  # called at once
+        assert before < attempts(job.run)[-1] < STEPS, "it saved, and went on there"
+    job.wait_until_finished()
+
+    assert losses(job.run) == losses(reference.run)
+    assert logged_steps(job.run) == list(range(1, STEPS + 1))
+    assert mirrored(job.run, workplace)["points"]["train/loss"] == list(range(1, STEPS + 1)), "no point twice"
+    wait_for(lambda: job.state() == "finished", "the job did not end", PATIENCE_S, job)
+    wait_for(lambda: not processes_naming(job.run), "processes outlived the job", PATIENCE_S)
