@@ -10,7 +10,7 @@ HALF_THE_CORES := $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n > 1 ? n 
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -ec
 
-.PHONY: install check test cluster smoke smoke-dit smoke-moe parity bench clean
+.PHONY: install check test cluster quality smoke smoke-dit smoke-moe parity bench clean
 
 install: $(STAMP)
 
@@ -34,14 +34,18 @@ check: $(VENV)/.installed-dev
 	$(BIN)/lint-imports
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=20 -m "not cluster"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=20 -m "not cluster and not quality"
 
 # One after another: the clusters share the machine's cores already.
 cluster: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q --durations=20 tests/cluster
 
+# Recipes and pipelines trained as they are, against the gates of recipes/README.md: half an hour.
+quality: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -q -s --durations=20 -m quality tests/smoke
+
 parity: $(VENV)/.installed-dev
-	SIXFOLD_PARITY=full $(BIN)/python -m pytest -q -s tests/parity/test_recipes.py
+	SIXFOLD_PARITY=full $(BIN)/python -m pytest -q -s tests/parity/test_recipes.py tests/parity/test_distillation_parity.py tests/distributed/test_recipe_resume.py
 
 bench: $(VENV)/.installed-dev data/stdlib
 	$(BIN)/python tests/benchmarks/bench_models.py

@@ -10,10 +10,12 @@ from sixfold.recipe.load import load_recipe
 from sixfold.recipe.recipe import Recipe
 from sixfold.tracking.events import EventLog
 from sixfold.train.assembly import assemble, open_checkpointer
+from sixfold.train.encoding import encode_in, plan_job
 from sixfold.train.loop import train_step
 from sixfold.train.run_folder import prepare_run_folder, take_up
 from sixfold.train.worker import Job
 from sixfold_data.build import BuildOptions
+from sixfold_data.encode import finish_job, open_job
 from sixfold_data.scenes import build_scenes
 
 TINY_CODEC = (
@@ -53,3 +55,12 @@ def codec_run(data: Path, folder: Path, *overrides: str, steps: int = 2) -> Path
     """Train a tiny codec on scenes for a few steps."""
     recipe = load_recipe("codec/kl-scenes-smoke", [f"data.path={data}", *TINY_CODEC, *overrides]).recipe
     return train_run(recipe, folder, steps)
+
+
+def encode_run(codec: Path, data: Path, out: Path) -> Path:
+    """Write the latents that a codec's run makes of a data set, in this process."""
+    job = plan_job(codec, str(data), batch=8, piece_samples=64, corrupt_budget=0)
+    staging = open_job(job, out)
+    encode_in(staging, progress=lambda samples: None)
+    finish_job(job, staging, out)
+    return out

@@ -6,6 +6,7 @@ toy network as for any recipe; ``table`` prints what it found.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,8 @@ from ranks import rank_pool
 from sixfold.engine.config import DDPConfig, DeepSpeedConfig, EngineConfig, FSDPConfig
 
 RELATIVE_TOLERANCE = 1e-5
+FULL = os.environ.get("SIXFOLD_PARITY") == "full"
+"""Whether everything is to be tried, as ``make parity`` does, or what the suite has time for."""
 
 MATRIX: dict[str, tuple[int, EngineConfig]] = {
     "1 process": (1, DDPConfig(precision="fp32")),

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from latent_cases import codec_run, make_scenes, train_run
+from latent_cases import codec_run, encode_run, make_scenes, train_run
 from sixfold.distributed.process_group import World
 from sixfold.distributed.randomness import PositionRandom
 from sixfold.errors import RecipeError
@@ -14,14 +14,12 @@ from sixfold.objectives.latents import clean_data
 from sixfold.recipe.checks import check_recipe
 from sixfold.recipe.load import load_recipe
 from sixfold.train.assembly import assemble
-from sixfold.train.encoding import encode_in, plan_job
 from sixfold.train.fitting import check_data_fits
 from sixfold.train.inference import evaluate_run
 from sixfold.train.rehearsal import rehearse_recipe
 from sixfold.train.sampling import SampleOptions, sample_run
 from sixfold_data.config import DataConfig
 from sixfold_data.describe import describe
-from sixfold_data.encode import finish_job, open_job
 
 SMALL = (
     "data.global_batch=8",
@@ -44,10 +42,7 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("latents")
     make_scenes(folder / "scenes")
     codec_run(folder / "scenes", folder / "codec")
-    job = plan_job(folder / "codec", str(folder / "scenes"), batch=8, piece_samples=64, corrupt_budget=0)
-    staging = open_job(job, folder / "latents")
-    encode_in(staging, progress=lambda samples: None)
-    finish_job(job, staging, folder / "latents")
+    encode_run(folder / "codec", folder / "scenes", folder / "latents")
     return folder
 
 
