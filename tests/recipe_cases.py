@@ -202,10 +202,12 @@ def close(training: Training) -> None:
     training.close()
 
 
-def train_and_save(config: Component, name: str, data: str, folder: str, *, until: int) -> list[tuple[float, float]]:
+def train_and_save(
+    config: Component, name: str, data: str, folder: str, *, until: int, overrides: tuple[str, ...] = ()
+) -> list[tuple[float, float]]:
     """Resume the run in ``folder`` if it has a checkpoint, train to step ``until``, save; return losses and norms."""
     world = join()
-    recipe = with_engine(recipe_on(name, data, "train.ema={type: constant, decay: 0.9}"), config, None)
+    recipe = with_engine(recipe_on(name, data, "train.ema={type: constant, decay: 0.9}", *overrides), config, None)
     run = RunFolder(Path(folder))
     checkpointer = open_checkpointer(recipe, world, run.checkpoints)
     training = assemble(recipe, world, cache=made_once(data))
