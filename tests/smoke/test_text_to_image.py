@@ -1,0 +1,37 @@
+"""Promise 6 for text to image: pictures show what captions say that were never trained on, in any wording."""
+
+import json
+
+import pytest
+
+from commands import output_of
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """What the pipeline's last stage writes, by steps and guidance."""
+    folder = tmp_path_factory.mktemp("text-to-image")
+    words = ("run", "pipelines/text-to-image-smoke", "--run-dir", str(folder / "pipeline"))
+    output_of(*words, folder=folder, timeout_s=7000)
+    (written,) = (folder / "pipeline").glob("table-*/table.md")
+    print(f"\n{written.read_text()}")
+    rows = json.loads(written.with_suffix(".json").read_text())
+    return {(row["steps"], row["guidance"]): row for row in rows}
+
+
+@pytest.mark.quality
+@pytest.mark.timeout(7200)
+def test_attributes_of_held_out_captions_are_right(table):
+    best = table[20, "cfg 2.0"]
+    for attribute in ("alignment", "colour", "shape", "relation"):
+        assert best[f"prompt_{attribute}"] >= 0.9, attribute
+
+
+@pytest.mark.quality
+@pytest.mark.timeout(7200)
+def test_guidance_and_steps_trade_as_expected(table):
+    """Guidance buys agreement with captions at the cost of variety; steps buy likeness to real pictures."""
+    free, guided = table[20, "cfg 1.0"], table[20, "cfg 4.0"]
+    assert guided["prompt_alignment"] > free["prompt_alignment"]
+    assert guided["coverage"] < free["coverage"]
+    assert table[5, "cfg 2.0"]["density"] < table[20, "cfg 2.0"]["density"]
