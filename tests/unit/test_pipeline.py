@@ -39,7 +39,7 @@ def test_finished_stages_are_not_run_again(pipeline, tmp_path):
     assert run_pipeline(load_pipeline(pipeline), tmp_path / "out", said.append) == 0
     stages = plan(load_pipeline(pipeline), tmp_path / "out")
     assert all(stage.finished for stage in stages)
-    assert json.loads(stages[1].record.read_text())["inputs"] == {"digits": stages[0].key}
+    assert stages[1].record.inputs == {"digits": stages[0].record.output.sha256}
     events = stages[1].folder / "events.jsonl"
     written = events.read_bytes()
     said.clear()

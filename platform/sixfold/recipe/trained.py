@@ -12,7 +12,9 @@ from sixfold.models.trained.network import NetworksConfig, TrainedNetwork
 from sixfold.recipe.recipe import Recipe
 from sixfold.tracking.runs import RUNS, find_run, list_runs
 
-_URI = "run://"
+RUN = "run://"
+"""What a reference to a run by its recipe begins with, as in ``run://codec/kl-f8d16@latest``."""
+
 _RECIPE_FILE = "recipe.yaml"
 
 
@@ -43,9 +45,9 @@ def locate_run(reference: str) -> Path:
     Raises:
         UserError: there is no such run.
     """
-    if not reference.startswith(_URI):
+    if not reference.startswith(RUN):
         return find_run(reference)
-    name, _, which = reference.removeprefix(_URI).partition("@")
+    name, _, which = reference.removeprefix(RUN).partition("@")
     runs = [run for run in list_runs() if _recipe_name(run).replace("/", "-") == name.replace("/", "-")]
     if which in ("", "latest") and runs:
         return runs[0]
@@ -54,7 +56,7 @@ def locate_run(reference: str) -> Path:
         return chosen[0]
     raise UserError.of(
         f"there is no run {reference!r} below {RUNS}/",
-        allowed=", ".join(sorted({f"{_URI}{_recipe_name(run)}@latest" for run in list_runs()})) or "none: no runs here",
+        allowed=", ".join(sorted({f"{RUN}{_recipe_name(run)}@latest" for run in list_runs()})) or "none: no runs here",
         fix="train it first, or name a run folder",
     )
 
