@@ -42,9 +42,9 @@ stages:
 """
 
 
-def write_pipeline(folder, *, steps=1, every=1):
+def write_pipeline(folder, *, steps=1, every=1, uri=None):
     file = folder / "lineage.yaml"
-    file.write_text(STAGES.format(uri=f"sqlite:///{folder}/mlflow.db", steps=steps, every=every))
+    file.write_text(STAGES.format(uri=uri or f"sqlite:///{folder}/mlflow.db", steps=steps, every=every))
     return load_pipeline(file)
 
 
@@ -122,9 +122,7 @@ def test_a_key_follows_what_is_read_from_outside(tmp_path, done):
 
 
 def test_a_killed_stage_goes_on_and_stages_are_recorded_when_mlflow_is_back(tmp_path):
-    blocked = tmp_path / "mlflow.db"
-    blocked.mkdir()  # no database can be made there: MLflow is away
-    pipeline = write_pipeline(tmp_path, steps=24, every=4)
+    pipeline = write_pipeline(tmp_path, steps=24, every=4, uri="http://127.0.0.1:9")  # nothing listens there
     command = [sys.executable, "-m", "sixfold.cli.main", "run", str(tmp_path / "lineage.yaml"), "--run-dir"]
     process = subprocess.Popen([*command, str(tmp_path / "out")], start_new_session=True, stdout=subprocess.DEVNULL)
     while not list(tmp_path.glob("out/codec-*/checkpoints/step_*/MANIFEST.json")):
@@ -136,7 +134,7 @@ def test_a_killed_stage_goes_on_and_stages_are_recorded_when_mlflow_is_back(tmp_
     assert scenes.finished
     assert scenes.record.mlflow_run is None
     assert not codec.finished
-    blocked.rmdir()
+    pipeline = write_pipeline(tmp_path, steps=24, every=4)
     assert run_pipeline(pipeline, tmp_path / "out", print) == 0
     events = [json.loads(line) for line in (codec.folder / "events.jsonl").read_text().splitlines()]
     (resumed,) = (event["step"] for event in events if event.get("event") == "resumed")
