@@ -16,6 +16,7 @@ import os
 import socket
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -239,20 +240,25 @@ class FollowCluster(ScalingPolicy):
         self._requests = requests
         self._interval_s = interval_s
         self._needs: Mapping[str, float] = config._resources_per_worker_not_none
+        self._held: Counter[str] = Counter()  # ranks of the running or last group by node
         self._waiting_since_s: float | None = None
         self._looked_s = time.monotonic()
 
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
-        """Choose a number; for some seconds wait for what the last group may still hold."""
+        """Choose a number; for some seconds wait for what others may be about to free.
+
+        Ray ends the last group, and frees what it holds, only to start the next.
+        """
         now = time.monotonic()
         self._waiting_since_s = self._waiting_since_s or now
-        found = rooms(self._needs).values()
-        ranks = choose_ranks(self._numbers, sum(room.total for room in found))
-        free = sum(room.free for room in found)
+        found = rooms(self._needs)
+        ranks = choose_ranks(self._numbers, sum(room.total for room in found.values()))
+        free = sum(min(room.total, room.free + self._held[node]) for node, room in found.items())
         if free < ranks:
             if now - self._waiting_since_s < _SETTLE_S:
                 return NoopDecision()
             ranks = choose_ranks(self._numbers, free)  # others work here too
+        self._held.clear()
         self._waiting_since_s = None
         self._looked_s = now
         self._requests.clear("regroup")
@@ -264,6 +270,7 @@ class FollowCluster(ScalingPolicy):
     ) -> ScalingDecision:
         """Ask the ranks to save when there is room for more of them; they end, and the number is chosen anew."""
         now = time.monotonic()
+        self._held = Counter(worker.metadata.node_id for worker in worker_group_state.workers)
         if now - self._looked_s >= self._interval_s and self._numbers[-1] > worker_group_state.num_workers:
             self._looked_s = now
             room = worker_group_state.num_workers + sum(room.free for room in rooms(self._needs).values())

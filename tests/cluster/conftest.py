@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 from contextlib import suppress
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import psutil
@@ -74,6 +75,10 @@ class SlurmCluster:
     def start_now(self, job):
         """Spare a requeued job the two minutes that Slurm holds it back; whether it was waiting."""
         if self.field(job, "JobState") != "PENDING":
+            return False
+        # A node refuses a credential of the second in which it revoked the job's last one.
+        requeued = datetime.fromisoformat(self.field(job, "SubmitTime"))
+        if datetime.now() < requeued + timedelta(seconds=2):
             return False
         self("scontrol", "update", f"JobId={job}", "StartTime=now")
         return True

@@ -20,7 +20,7 @@ from cluster_jobs import (
     wait_for,
 )
 
-LONE_STEPS = 60
+LONE_STEPS = 400  # enough that no turn ends before it is held
 LONE = (f"train.steps={LONE_STEPS}", "checkpoint.every_steps=1000", "tracking.type=jsonl")
 LIMITS = 5
 
