@@ -32,6 +32,7 @@ from sixfold_launchers.ray_server import RayServer
 JOIN_TIMEOUT_S = 180.0
 _POLL_S = 0.2
 _STOP_TIMEOUT_S = 10.0
+_DIED = 128 + signal.SIGKILL
 _NOTICE_S = 3.0  # `ray start --block` looks at what it started once a second
 _HEAD, _DASHBOARD, _CLIENT, _FIRST_AGENT, _AGENTS = 0, 1, 2, 3, 13  # of a job's 16 ports
 
@@ -72,8 +73,18 @@ class Place:
     @property
     def temporary(self) -> Path:
         """Ray's folder on this node; short, since the paths of its sockets may have no more than 107 characters."""
+        return Path(f"/tmp/{self._prefix}-{self.attempt}-{self.node}")
+
+    def remove_left_behind(self) -> None:
+        """Remove the folders that keepers of earlier attempts were killed in."""
+        for path in Path("/tmp").glob(f"{self._prefix}-*-*"):
+            if int(path.name.split("-")[-2]) < self.attempt:
+                shutil.rmtree(path, ignore_errors=True)
+
+    @property
+    def _prefix(self) -> str:
         owner = hashlib.sha256(f"{os.getuid()}@{self.cluster}".encode()).hexdigest()[:8]
-        return Path(f"/tmp/sfray-{owner}-{self.job}-{self.attempt}-{self.node}")
+        return f"sfray-{owner}-{self.job}"
 
 
 @dataclass(frozen=True)
@@ -100,7 +111,7 @@ class Meeting:
 
     @property
     def ended(self) -> Path:
-        """There when the driver has ended, and the nodes may go."""
+        """There when the driver or Ray on any node has ended, and all nodes go."""
         return self._path("ended")
 
     def clear(self) -> None:
@@ -152,6 +163,7 @@ def main() -> int:
     place = Place.read(os.environ)
     signal.signal(signal.SIGTERM, lambda *_: Requests(run).make("stop"))
     try:
+        place.remove_left_behind()
         make_own_folder(place.temporary)
     except SixfoldError as error:
         sys.stderr.write(f"node {place.node}: {error}\n")
@@ -196,7 +208,7 @@ def _keep_head(order: Order, run: Path, place: Place) -> int:
             env={**os.environ, **authentication(meeting.token), "RAY_ADDRESS": address},
             preexec_fn=end_with_parent,  # noqa: PLW1509  # no threads here
         )
-        return _first_to_end(driver, ray)
+        return _first_to_end(driver, ray, meeting)
     finally:
         _write(meeting.ended, "")
         ray.stop()
@@ -218,19 +230,20 @@ def _keep_worker(order: Order, run: Path, place: Place) -> int:
             time.sleep(_POLL_S)
         return 0
     finally:
+        _write(meeting.ended, "")
         ray.stop()
 
 
-def _first_to_end(driver: subprocess.Popen[bytes], ray: Ray) -> int:
-    """Wait for the driver; if Ray dies under it, end it too. The driver may be the first to notice."""
-    while (code := driver.poll()) is None and not ray.has_died():
+def _first_to_end(driver: subprocess.Popen[bytes], ray: Ray, meeting: Meeting) -> int:
+    """Wait for the driver; if Ray dies under it, here or elsewhere, end it too. The driver may be the first to notice."""
+    while (code := driver.poll()) is None and not ray.has_died() and not meeting.ended.exists():
         time.sleep(_POLL_S)
     if code is None:
         driver.kill()
         driver.wait()
-    elif code == 0 or not ray.dies_within(_NOTICE_S):
+    elif code == 0 or not (ray.dies_within(_NOTICE_S) or meeting.ended.exists()):
         return code if code >= 0 else 128 - code
-    return _died("Ray's head", Place.read(os.environ))
+    return _died("Ray's head", meeting.place) if ray.has_died() else _DIED  # another node has said so
 
 
 def _wait_for_nodes(place: Place, meeting: Meeting, ray: Ray) -> None:
@@ -316,7 +329,7 @@ def _session_of(pid: int) -> int | None:
 def _died(what: str, place: Place) -> int:
     """Say so; return an exit code that reads as an end by a signal: the job may go on after it, on one node too."""
     sys.stderr.write(f"{what} has died on node {place.node}; the step ends\n")
-    return 128 + signal.SIGKILL
+    return _DIED
 
 
 def own_address() -> str:

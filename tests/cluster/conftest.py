@@ -80,7 +80,8 @@ class SlurmCluster:
         requeued = datetime.fromisoformat(self.field(job, "SubmitTime"))
         if datetime.now() < requeued + timedelta(seconds=2):
             return False
-        self("scontrol", "update", f"JobId={job}", "StartTime=now")
+        with suppress(subprocess.CalledProcessError):  # it has just started by itself
+            self("scontrol", "update", f"JobId={job}", "StartTime=now")
         return True
 
     def kill_node(self, node):

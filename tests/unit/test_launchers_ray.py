@@ -156,6 +156,21 @@ def test_users_and_clusters_on_one_host_share_no_folder(tmp_path, monkeypatch):
             make_own_folder(taken)
 
 
+def test_an_attempt_removes_what_killed_ones_left_and_nothing_else():
+    job = 10**9 + os.getpid()
+    first = Place(cluster="a", job=job, attempt=0, node=1, nodes=2)
+    again, another = dataclasses.replace(first, attempt=2), dataclasses.replace(first, job=job + 1)
+    folders = [place.temporary for place in (first, again, another)]
+    try:
+        for folder in folders:
+            make_own_folder(folder)
+        dataclasses.replace(again, node=0).remove_left_behind()
+        assert [folder.exists() for folder in folders] == [False, True, True]
+    finally:
+        for folder in folders[1:]:
+            folder.rmdir()
+
+
 def test_nodes_get_the_machine_s_variables_and_no_secret():
     shell = {"PATH": "/bin", "OMP_NUM_THREADS": "1", "MLFLOW_TRACKING_URI": "http://m", "LC_ALL": "C"}
     hidden = {"AWS_SECRET_ACCESS_KEY": "x", "MLFLOW_TRACKING_PASSWORD": "x", "HF_TOKEN": "x", "MY_NOTES": "x"}
