@@ -25,8 +25,8 @@ TINY = [
     "engine.precision=fp32",
 ]
 
-PATIENCE_S = 600  # for what takes seconds on an idle machine
-STEPS = 100
+PATIENCE_S = 400  # for what takes seconds on an idle machine
+STEPS = 160
 REFERENCE = (
     "data.global_batch=12",
     "data.lanes=12",  # which 1, 2, 3, 4, 6 and 12 ranks can share
@@ -94,12 +94,27 @@ class Job:
         )
 
     def ranks(self):
-        """The processes that train the first run now."""
+        """The processes that train the first run now, here or on Slurm, by Ray or without."""
         marks = ("sixfold_launchers.slurm_task", "sixfold.train.")
         found = [process for process in processes_naming(self.run) if any(m in command_of(process) for m in marks)]
         ranks = {process.pid: process for process in found if not command_of(process).startswith("srun")}
         # A child that a rank has just forked still bears its command line.
-        return [process for process in ranks.values() if process.ppid() not in ranks]
+        return [process for process in ranks.values() if process.ppid() not in ranks] + self.ray("ray::RayTrainWorker")
+
+    def ray_folders(self):
+        """Ray's folders on this host, of a job that has a Ray of its own inside Slurm."""
+        return list(Path("/tmp").glob(f"sfray-*-{self.cluster_id}-*"))
+
+    def ray(self, title):
+        """Processes of the job's own Ray with a text in their command line."""
+        naming = [process for folder in self.ray_folders() for process in processes_naming(f"{folder}/")]
+        sessions = {session_of(process) for process in naming} - {None}
+        return [process for process in processes_of_sessions(sessions) if title in command_of(process)]
+
+    def leftovers(self):
+        """What is on this host of the job: processes, and folders of its own Ray."""
+        places = [self.run, *self.ray_folders()]
+        return [command_of(process) for place in places for process in processes_naming(place)] + self.ray_folders()
 
 
 def wait_for(condition, failure, timeout, job=None):
@@ -219,10 +234,14 @@ class Frozen(Held):
     """Holds the ranks of a job on this machine or Slurm."""
 
     def __init__(self, job):
+        self.job = job
         super().__init__(job.ranks())
 
-    def has_pending(self, *numbers):
-        """Whether every rank that still runs has been sent one of these signals, which it hears when it goes on."""
+    def are_told_to_save(self):
+        """Whether the job's ranks will hear, when they go on, that they are to save and end."""
+        return (self.job.run / "request").exists() or self._has_pending(signal.SIGTERM, signal.SIGUSR1)
+
+    def _has_pending(self, *numbers):
         masks = [pending(process.pid) for process in self.processes if process.is_running()]
         return all(any(mask >> (number - 1) & 1 for number in numbers) for mask in masks)
 

@@ -18,6 +18,7 @@ import accelerate
 import torch
 import torch._dynamo
 
+from sixfold.distributed.stop_signals import STOP_SIGNALS
 from sixfold.recipe.load import load_recipe
 from sixfold.tracking.events import read_metrics
 from sixfold.train import rank as entry
@@ -34,9 +35,9 @@ class Ranks:
 
     def __init__(self, run: Path) -> None:
         shared = rendezvous(RANKS)
-        signal.pthread_sigmask(signal.SIG_BLOCK, entry.STOP_SIGNALS)
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         self.pids = [self._fork(run, rank_environment(rank, shared)) for rank in range(RANKS)]
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, entry.STOP_SIGNALS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     def _fork(self, run: Path, environment: dict[str, str]) -> int:
         pid = os.fork()

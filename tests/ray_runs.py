@@ -9,10 +9,6 @@ import psutil
 from cluster_jobs import command_of, session_of, wait_for
 from sixfold_launchers import ray_cluster
 
-STEPS = 100
-TWELVE_LANES = ("data.global_batch=12", "data.lanes=12")
-"""Lanes that 1, 2, 3, 4, 6 and 12 ranks can share."""
-
 
 class Nodes:
     """A local Ray cluster, as its record has it at each moment."""
@@ -72,6 +68,12 @@ class Nodes:
         for each in [process, *process.children(recursive=True)]:
             each.kill()
         psutil.wait_procs([process], timeout=10)
+
+    def kill_raylet(self, node):
+        """Take Ray's daemon away from under the ranks of a node."""
+        raylets = [each for each in self.processes("/raylet/raylet") if session_of(each) == node.pid]
+        for raylet in raylets:
+            raylet.kill()
 
     def drain(self, node):
         """Announce that a node will be taken away in five minutes, as a cloud does to a preemptible machine."""

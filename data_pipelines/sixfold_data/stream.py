@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from sixfold.distributed.stop_signals import children_shielded
 from sixfold.errors import DataError
 from sixfold.objectives.contract import Batch
 from sixfold_data.background import ReadAhead
@@ -100,9 +101,11 @@ class TrainStream:
         )
         self._waited_s = 0.0
         self._loader = _make_loader(self._batches, config, start_samples)
+        with children_shielded():
+            self._items: Iterator[Fetched] = iter(self._loader)
         # Without loader processes, a thread reads the next batch during the step.
-        self._ahead = None if self._loader.num_workers else ReadAhead(iter(self._loader), _share_device())
-        self._items: Iterator[Fetched] = self._ahead or iter(self._loader)
+        self._ahead = None if self._loader.num_workers else ReadAhead(self._items, _share_device())
+        self._items = self._ahead or self._items
 
     def __iter__(self) -> Iterator[Batch]:
         return self

@@ -18,9 +18,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from sixfold.distributed.stop_signals import STOP_SIGNALS, shield
 from sixfold.errors import EnvironmentFault, SixfoldError
 from sixfold_launchers.contract import port_of
 from sixfold_launchers.profiles import SlurmRayProfile
@@ -31,7 +33,6 @@ from sixfold_launchers.ray_server import RayServer
 
 JOIN_TIMEOUT_S = 180.0
 _POLL_S = 0.2
-_STOP_TIMEOUT_S = 10.0
 _DIED = 128 + signal.SIGKILL
 _NOTICE_S = 3.0  # `ray start --block` looks at what it started once a second
 _HEAD, _DASHBOARD, _CLIENT, _FIRST_AGENT, _AGENTS = 0, 1, 2, 3, 13  # of a job's 16 ports
@@ -161,7 +162,8 @@ def main() -> int:
     """Keep this node until the driver has ended; return the task's exit code."""
     order, run = Order.read(Path(sys.argv[1])), Path(sys.argv[2])
     place = Place.read(os.environ)
-    signal.signal(signal.SIGTERM, lambda *_: Requests(run).make("stop"))
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda *_: Requests(run).make("stop"))
     try:
         place.remove_left_behind()
         make_own_folder(place.temporary)
@@ -206,7 +208,7 @@ def _keep_head(order: Order, run: Path, place: Place) -> int:
         driver = subprocess.Popen(
             [sys.executable, "-m", DRIVER_MODULE, sys.argv[1], "--run", str(run)],
             env={**os.environ, **authentication(meeting.token), "RAY_ADDRESS": address},
-            preexec_fn=end_with_parent,  # noqa: PLW1509  # no threads here
+            preexec_fn=_in_our_hands,  # noqa: PLW1509  # no threads here
         )
         return _first_to_end(driver, ray, meeting)
     finally:
@@ -235,7 +237,7 @@ def _keep_worker(order: Order, run: Path, place: Place) -> int:
 
 
 def _first_to_end(driver: subprocess.Popen[bytes], ray: Ray, meeting: Meeting) -> int:
-    """Wait for the driver; if Ray dies under it, here or elsewhere, end it too. The driver may be the first to notice."""
+    """Wait for the driver; if Ray dies under it, on any node, end it too. The driver may be the first to notice."""
     while (code := driver.poll()) is None and not ray.has_died() and not meeting.ended.exists():
         time.sleep(_POLL_S)
     if code is None:
@@ -298,14 +300,15 @@ class Ray:
         return True
 
     def stop(self) -> None:
-        """End it with all it started; its agents outlive a raylet that is merely killed."""
+        """End it with all it started, at once: nothing in it is needed again, and none of it hears a request."""
         import psutil  # type: ignore[import-untyped]  # it ships no types
 
-        processes = [process for process in psutil.process_iter() if _session_of(process.pid) == self._process.pid]
-        self._process.terminate()
-        _, alive = psutil.wait_procs(processes, timeout=_STOP_TIMEOUT_S)
-        for process in alive:
-            process.kill()
+        while processes := [each for each in psutil.process_iter() if _session_of(each.pid) == self._process.pid]:
+            for process in processes:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+            self._process.poll()
+            psutil.wait_procs(processes, timeout=_POLL_S)
         self._process.wait()
 
     def _start(self) -> subprocess.Popen[bytes]:
@@ -315,8 +318,17 @@ class Ray:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             start_new_session=True,
-            preexec_fn=end_with_parent,  # noqa: PLW1509  # no threads here; Ray's own reaper ends its session
+            preexec_fn=_in_our_hands,  # noqa: PLW1509  # no threads here; Ray's own reaper ends its session
         )
+
+
+def _in_our_hands() -> None:
+    """Have this process end with the keeper, and only by it.
+
+    Slurm asks every process of a step to end. The keeper is to have the ranks save first, and they need Ray meanwhile.
+    """
+    end_with_parent()
+    shield()
 
 
 def _session_of(pid: int) -> int | None:

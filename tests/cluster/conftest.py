@@ -11,12 +11,15 @@ import psutil
 import pytest
 
 from cluster_jobs import RECIPE, REFERENCE, TINY, Job, processes_naming, sixfold
+from ray_runs import Nodes
+from sixfold.errors import EnvironmentFault
+from sixfold_launchers import ray_cluster
 
 DEV_CLUSTER = Path(__file__).resolve().parents[2] / "infra" / "slurm" / "dev-cluster"
-NODES = 4
+NODES = 9
 
 
-LONGEST = ("test_slurm_chaos", "test_ray_training", "test_ray_slurm")
+LONGEST = ("test_slurm_chaos", "test_ray_training", "test_all_kinds")
 """Files by the time they take, the longest first, so that workers end together."""
 
 
@@ -105,6 +108,10 @@ class SlurmCluster:
         """Start the daemons again that have ended, and wait until every node is idle."""
         subprocess.run([DEV_CLUSTER, "up", "--state", self.state], check=True, capture_output=True)
 
+    def kill_daemon(self, node):
+        """Take a node's slurmd away; what it started runs on."""
+        psutil.Process(self.daemon(node)).kill()
+
     def is_idle(self):
         """Whether no allocation is held and no job waits."""
         return self("squeue", "--noheader") == ""
@@ -124,6 +131,19 @@ def slurm_cluster(book, tmp_path_factory):
     yield SlurmCluster(state)
     patch.undo()
     subprocess.run([DEV_CLUSTER, "down", "--state", state], check=True)
+
+
+@pytest.fixture(scope="session")
+def nodes(book):
+    """A real Ray of three nodes with a CPU each, one the head; a test may take some away and must bring them back."""
+    nodes = Nodes(ray_cluster.default_folder())
+    try:
+        nodes.bring_up(3)
+        yield nodes
+    except EnvironmentFault as fault:
+        unavailable(f"no Ray: {fault}")
+    finally:
+        ray_cluster.down(nodes.folder)
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,7 @@
-"""Jobs that are killed, preempted, stopped by their time limit or stranded end as if nothing had happened."""
+"""Jobs on Slurm, with and without a Ray of their own, that are killed, preempted, limited or stranded lose nothing."""
 
 import json
 import shutil
-import signal
 from concurrent.futures import ThreadPoolExecutor
 
 from cluster_jobs import (
@@ -11,6 +10,7 @@ from cluster_jobs import (
     STEPS,
     Frozen,
     attempts,
+    command_of,
     logged_steps,
     losses,
     mirrored,
@@ -18,72 +18,140 @@ from cluster_jobs import (
     processes_naming,
     sixfold,
     wait_for,
+    wait_for_attempt,
 )
 
 LONE_STEPS = 400  # enough that no turn ends before it is held
 LONE = (f"train.steps={LONE_STEPS}", "checkpoint.every_steps=1000", "tracking.type=jsonl")
 LIMITS = 5
+ON_TWO_NODES = ("nodes=2", "ranks.minimum=2", "ranks.maximum=2", "placement=STRICT_SPREAD", "max_failures=9")
+AFTER_45_S, AFTER_60_S = (
+    (f"time_limit='{minutes}'", f"save_before_limit_s={60 * minutes - seconds}")
+    for minutes, seconds in ((2, 45), (3, 60))
+)
 
 
 def test_whatever_happens_to_jobs_they_end_as_if_nothing_had(slurm_cluster, submit, reference, workplace, tmp_path):
-    """Three jobs are disturbed at a time, on nodes of their own: most of a disturbance is waiting for Slurm."""
+    """All jobs are disturbed at a time, on nodes of their own: most of a disturbance is waiting for Slurm."""
     undisturbed = submit("local", *LONE)
-    elsewhere = "sbatch={exclude: n4}"
-    disturbed = submit("slurm", *REFERENCE, settings=("nodes=2", elsewhere))
-    at_n4 = "sbatch={nodelist: n4}"
-    limited = submit("slurm", *LONE, settings=("time_limit='2'", "save_before_limit_s=75", at_n4))
-    stranded = submit("slurm", *LONE, settings=(f"environment.PATH={programs('srun', folder=tmp_path)}", at_n4))
+    undisturbed.wait_until_finished()
+    without_srun = f"environment.PATH={programs('srun', folder=tmp_path)}"
     with ThreadPoolExecutor() as pool:
-        ends = [pool.submit(drive, slurm_cluster, job) for drive, job in (
-            (kill_preempt_and_strand, disturbed), (meet_limits, limited), (lack_a_client, stranded))]  # fmt: skip
+        disturbed = [
+            submit("slurm", *REFERENCE, settings=("nodes=2", "sbatch={exclude: 'n[5-9]'}")),
+            submit("slurm-ray", *REFERENCE, settings=(*ON_TWO_NODES, "sbatch={exclude: 'n[1-4,8-9]'}")),
+        ]
+        limited = [
+            submit("slurm", *LONE, settings=(*AFTER_45_S, "sbatch={nodelist: n8}")),
+            submit("slurm-ray", *LONE, settings=(*AFTER_60_S, "sbatch={nodelist: n9}")),
+        ]
+        stranded = submit("slurm", *LONE, settings=(without_srun, "sbatch={nodelist: n8}"))
+        ends = [
+            pool.submit(disturb, slurm_cluster, job, *ordeal)
+            for job, ordeal in zip(disturbed, (ORDEAL, RAY_ORDEAL), strict=True)
+        ]
+        ends += [pool.submit(meet_limits, slurm_cluster, job) for job in limited]
+        ends += [pool.submit(lack_a_client, slurm_cluster, stranded)]
         for end in ends:
             end.result()
-    for job in (disturbed, limited, stranded, undisturbed):
+    jobs = [*disturbed, *limited, stranded]
+    for job in jobs:
         job.wait_until_finished()
 
-    assert losses(disturbed.run) == losses(reference.run)
-    assert logged_steps(disturbed.run) == list(range(1, STEPS + 1))
-    points = mirrored(disturbed.run, workplace)["points"]
-    assert points["train/loss"] == list(range(1, STEPS + 1)), "no point twice, none missing"
-    assert (len(attempts(limited.run)), len(attempts(stranded.run))) == (LIMITS + 1, 2)
-    for job in (limited, stranded):
+    for job in disturbed:
+        assert losses(job.run) == losses(reference.run)
+        assert logged_steps(job.run) == list(range(1, STEPS + 1))
+        points = mirrored(job.run, workplace)["points"]
+        assert points["train/loss"] == list(range(1, STEPS + 1)), "no point twice, none missing"
+    assert [len(attempts(job.run)) for job in (*limited, stranded)] == [LIMITS + 1, LIMITS + 1, 2]
+    for job in (*limited, stranded):
         assert losses(job.run) == losses(undisturbed.run)
         assert logged_steps(job.run) == list(range(1, LONE_STEPS + 1))
-    for job in (disturbed, limited, stranded):
+    for job in jobs:
         wait_for(lambda: job.state() == "finished", "the job did not end", PATIENCE_S, job)  # noqa: B023  # called at once
-        wait_for(lambda: not processes_naming(job.run), "processes outlived the job", PATIENCE_S)  # noqa: B023  # as above
+        wait_for(lambda: job.leftovers() == [], "something outlived the job", PATIENCE_S, job)  # noqa: B023  # as above
     wait_for(slurm_cluster.is_idle, "an allocation is held", PATIENCE_S)
     slurm_cluster.mend()
 
 
-def kill_preempt_and_strand(cluster, job):
-    """A rank is killed, the job is preempted twice, then one of its nodes is lost."""
-    job.wait_for_step(6)
+def disturb(cluster, job, *events):
+    """Let one thing happen to a job in each of its turns, once it has trained a little; the last turn is left alone."""
+    for turn, event in enumerate(events, start=1):
+        wait_for_attempt(job, turn, step=3)
+        held_at = event(cluster, job)
+        wait_for_attempt(job, turn + 1)
+        if held_at is not None:
+            assert held_at < attempts(job.run)[turn] <= held_at + 2, (
+                "it saved at the next step boundary, and went on there"
+            )
+
+
+def kill_a_rank(cluster, job):
+    """Kill one rank while all are held."""
     with Frozen(job) as ranks:
-        ranks.processes[0].send_signal(signal.SIGKILL)
-    wait_for(lambda: len(attempts(job.run)) == 2, "the ranks did not start again", PATIENCE_S, job)
-    for turn in (3, 4):
-        held_at = preempt(cluster, job)
-        wait_for(lambda: len(attempts(job.run)) == turn, "the preempted run did not go on", PATIENCE_S, job)  # noqa: B023  # called before the next turn
-        assert held_at < attempts(job.run)[-1] <= held_at + 2, "it saved at the next step boundary, and went on there"
-    job.wait_for_step(max(losses(job.run), default=0) + 3)
+        ranks.processes[0].kill()
+
+
+def kill_srun(cluster, job):
+    """Kill what keeps the ranks in the allocation."""
+    for process in processes_naming(job.run):
+        if command_of(process).startswith("srun"):
+            process.kill()
+
+
+def kill_driver(cluster, job):
+    """Kill the process that talks to Ray."""
+    (driver,) = [each for each in processes_naming(job.run) if "ray_driver --attempt" in command_of(each)]
+    driver.kill()
+
+
+def kill_a_raylet(cluster, job):
+    """Kill Ray's daemon on the second node; the job is requeued if it has saved anything."""
+    wait_for((job.run / "checkpoints/latest").exists, "nothing was saved", PATIENCE_S, job)
+    job.ray("/raylet/raylet")[-1].kill()
+    wait_for(lambda: cluster.start_now(job.cluster_id), "the job was not requeued", PATIENCE_S, job)
+
+
+def kill_the_shell(cluster, job):
+    """Kill the batch shell, after which Slurm ends the job and nothing asks for another turn but the user."""
+    (rank, *_) = job.ranks()
+    (shell,) = processes_naming(f"/job{int(job.cluster_id):05d}/slurm_script")
+    shell.kill()
+    wait_for(lambda: job.state() in ("failed", "interrupted"), "the job outlives its shell", PATIENCE_S, job)
+    wait_for(lambda: not rank.is_running(), "a rank outlives its shell", PATIENCE_S, job)
+    sixfold("jobs", "requeue", job.id)
+    wait_for(lambda: cluster.start_now(job.cluster_id), "the job was not requeued", PATIENCE_S, job)
+
+
+def lose_a_node(cluster, job):
+    """A node and all on it are gone at once."""
     cluster.kill_node(cluster.nodes(job.cluster_id)[1])
     wait_for(lambda: cluster.start_now(job.cluster_id), "the job outlived its node, unqueued", PATIENCE_S, job)
 
 
+def lose_a_daemon(cluster, job):
+    """A node's daemon is gone, its ranks are not: none of them may train on beside those of the next turn."""
+    with Frozen(job):
+        cluster.kill_daemon(cluster.nodes(job.cluster_id)[1])
+        wait_for(lambda: cluster.start_now(job.cluster_id), "the job outlived its node, unqueued", PATIENCE_S, job)
+
+
 def preempt(cluster, job):
     """Let a job of another partition take the nodes, and have Slurm give them back; return the step before."""
-    job.wait_for_step(max(losses(job.run), default=0) + 3)
     with Frozen(job) as ranks:
         before = max(losses(job.run))
         urgent = cluster(
             "sbatch", "--parsable", "--partition=urgent", "--exclusive", "--wrap=sleep 1", "--output=/dev/null",
             f"--nodelist={','.join(cluster.nodes(job.cluster_id))}", "--nodes=2",
         )  # fmt: skip
-        wait_for(lambda: ranks.has_pending(signal.SIGTERM, signal.SIGUSR1), "no rank was told to save", PATIENCE_S, job)
+        wait_for(ranks.are_told_to_save, "no rank was told to save", PATIENCE_S, job)
     wait_for(lambda: cluster.field(urgent, "JobState") == "COMPLETED", "the urgent job did not run", PATIENCE_S)
     wait_for(lambda: cluster.start_now(job.cluster_id), "the preempted job was not requeued", PATIENCE_S, job)
     return before
+
+
+ORDEAL = (kill_a_rank, kill_srun, preempt, preempt, lose_a_node, lose_a_daemon, kill_the_shell)
+RAY_ORDEAL = (kill_a_rank, kill_driver, kill_a_raylet, preempt, preempt, lose_a_node)
 
 
 def meet_limits(cluster, job):
@@ -97,7 +165,7 @@ def meet_limits(cluster, job):
         )  # fmt: skip
         if outcome(job.run) != "interrupted":  # a slow start may take as long as Slurm does
             with Frozen(job) as ranks:  # it trains no further while Slurm makes up its mind
-                wait_for(lambda: ranks.has_pending(signal.SIGUSR1), "no rank heard of the time limit", PATIENCE_S, job)
+                wait_for(ranks.are_told_to_save, "no rank heard of the time limit", PATIENCE_S, job)
         wait_for(lambda: outcome(job.run) == "interrupted", "the ranks did not save", PATIENCE_S, job)
         wait_for(lambda: cluster.start_now(job.cluster_id), "the job was not requeued", PATIENCE_S, job)
 

@@ -8,9 +8,11 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from sixfold.recipe.load import load_recipe
+from sixfold.tracking.events import last_status
 from sixfold.train.run_folder import prepare_run_folder, take_up
 
 TRIALS = 20
@@ -72,3 +74,31 @@ def test_a_request_in_the_first_second_is_heard(ranks: int, after_s: float, demo
     assert process.returncode == 1, output
     assert "interrupted and saved" in output
     assert (tmp_path / "run/checkpoints/step_00000001/MANIFEST.json").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_request_to_every_process_of_a_job_ends_in_a_saved_step(
+    number: signal.Signals, demo_data: Path, tmp_path: Path
+) -> None:
+    """As schedulers ask: loader processes and what keeps them hear it too, and must not end before their rank."""
+    run = tmp_path / "run"
+    recipe = load_recipe("flow/dit-smoke", [f"data.path={demo_data / 'digits'}", *SETTINGS, "data.workers=2"]).recipe
+    take_up(prepare_run_folder(recipe, run, resume=True), recipe)
+    process = subprocess.Popen([sys.executable, "-m", "sixfold.train.rank", str(run)], env=ENVIRONMENT)
+    try:
+        deadline = time.monotonic() + 120
+        while not (run / "checkpoints/latest").exists():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        rank = psutil.Process(process.pid)
+        children = rank.children(recursive=True)
+        assert len(children) >= 3, "a server of processes and two loaders"
+        for each in [*children, rank]:
+            each.send_signal(number)
+        assert process.wait(timeout=60) == 0
+        assert last_status(run) == "interrupted"
+        _, alive = psutil.wait_procs(children, timeout=10)
+        assert alive == []
+    finally:
+        process.kill()

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import signal
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-"""What asks a rank to save and end."""
+from sixfold.distributed.stop_signals import STOP_SIGNALS
 
 
 class StopRequest:
