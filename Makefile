@@ -36,9 +36,9 @@ check: $(VENV)/.installed-dev
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=20 -m "not cluster and not quality"
 
-# One after another: the clusters share the machine's cores already.
+# Two at a time: most of a cluster test is waiting.
 cluster: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q --durations=20 tests/cluster
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=20 tests/cluster
 
 # Recipes and pipelines trained as they are, against the gates of recipes/README.md: half an hour.
 quality: $(VENV)/.installed-dev

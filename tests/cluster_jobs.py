@@ -101,6 +101,17 @@ class Job:
         # A child that a rank has just forked still bears its command line.
         return [process for process in ranks.values() if process.ppid() not in ranks] + self.ray("ray::RayTrainWorker")
 
+    def wait_for_ranks(self, count, other_than=()):
+        """Wait until ``count`` new ranks are there, which is seconds before they train; return them."""
+        found = []
+
+        def there():
+            found[:] = [rank for rank in self.ranks() if rank not in other_than]
+            return len(found) == count
+
+        wait_for(there, f"{count} ranks did not start", PATIENCE_S, self, every_s=0.3)
+        return found
+
     def ray_folders(self):
         """Ray's folders on this host, of a job that has a Ray of its own inside Slurm."""
         return list(Path("/tmp").glob(f"sfray-*-{self.cluster_id}-*"))
@@ -117,13 +128,13 @@ class Job:
         return [command_of(process) for place in places for process in processes_naming(place)] + self.ray_folders()
 
 
-def wait_for(condition, failure, timeout, job=None):
+def wait_for(condition, failure, timeout, job=None, every_s=0.05):
     """Wait for a condition; on failure show what the job printed."""
     deadline = time.monotonic() + timeout
     while not condition():
         shown = "" if job is None else f"\n{job.log()[-3000:]}"
         assert time.monotonic() < deadline, f"{failure} within {timeout} s{shown}"
-        time.sleep(0.05)
+        time.sleep(every_s)
 
 
 def losses(run):
@@ -233,9 +244,9 @@ class Held:
 class Frozen(Held):
     """Holds the ranks of a job on this machine or Slurm."""
 
-    def __init__(self, job):
+    def __init__(self, job, ranks=None):
         self.job = job
-        super().__init__(job.ranks())
+        super().__init__(job.ranks() if ranks is None else ranks)
 
     def are_told_to_save(self):
         """Whether the job's ranks will hear, when they go on, that they are to save and end."""

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from contextlib import suppress
 
 import psutil
 
@@ -64,10 +65,11 @@ class Nodes:
 
     def kill(self, node):
         """Take a node away as a power failure would."""
-        process = psutil.Process(node.pid)
-        for each in [process, *process.children(recursive=True)]:
-            each.kill()
-        psutil.wait_procs([process], timeout=10)
+        with suppress(psutil.NoSuchProcess):  # it is gone already
+            process = psutil.Process(node.pid)
+            for each in [process, *process.children(recursive=True)]:
+                each.kill()
+            psutil.wait_procs([process], timeout=10)
 
     def kill_raylet(self, node):
         """Take Ray's daemon away from under the ranks of a node."""

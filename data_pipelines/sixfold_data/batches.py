@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,10 +27,13 @@ _BATCHES_AHEAD = 16
 
 
 class Fetched(NamedTuple):
-    """One item: the fields and positions of a batch, what was damaged on the way, or the error that prevented it."""
+    """One item: the fields and positions of a batch, what was damaged on the way, or the error that prevented it.
 
-    fields: dict[str, Tensor]
-    positions: Tensor
+    On the way between processes small fields are arrays.
+    """
+
+    fields: Mapping[str, Tensor | np.ndarray]
+    positions: np.ndarray
     damages: list[Damage]
     error: SixfoldError | None
 
@@ -73,7 +76,7 @@ class GlobalBatches(Dataset[Fetched]):
             return self._read(start_samples)
         except SixfoldError as error:
             # Handed over as a value: the loader would turn an exception of a worker into a text with its traceback.
-            return Fetched({}, torch.empty(0, dtype=torch.int64), [], error)
+            return Fetched({}, np.empty(0, dtype=np.int64), [], error)
 
     def places(self, start_samples: int) -> Iterator[tuple[Source, np.ndarray, Places]]:
         """Yield, for each source, which of the rank's slots in a global batch it fills, and with what."""
@@ -120,7 +123,7 @@ class GlobalBatches(Dataset[Fetched]):
         if self._config.horizontal_flip and "image" in fields:
             mirrored = torch.from_numpy(random_words(positions, 0, self._flip_key) & 1).bool()
             fields["image"][mirrored] = fields["image"][mirrored].flip(-1)
-        return Fetched(fields, torch.from_numpy(positions), damages, None)
+        return Fetched(fields, positions, damages, None)
 
     def _prefetch(self, start_samples: int) -> None:
         """Begin to bring the shards of the batches up to ``_BATCHES_AHEAD`` near."""

@@ -17,7 +17,9 @@ from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from sixfold.distributed.stop_signals import children_shielded
@@ -31,6 +33,8 @@ from sixfold_data.order import ORDER_VERSION
 from sixfold_data.quarantine import Quarantine
 
 logger = logging.getLogger(__name__)
+
+_SMALL_BYTES = 64 << 10
 
 DataState = dict[str, int | str]
 """What a checkpoint keeps of the stream, beside the samples consumed; equal on all ranks."""
@@ -118,7 +122,7 @@ class TrainStream:
             raise fetched.error
         for damage in fetched.damages:
             self._quarantine.add(damage)
-        return Batch(fetched.fields, fetched.positions)
+        return Batch(_unpacked(fetched.fields), torch.from_numpy(fetched.positions))
 
     @property
     def wait_s(self) -> float:
@@ -181,7 +185,7 @@ def _make_loader(batches: GlobalBatches, config: DataConfig, start_samples: int)
         batch_size=None,
         sampler=itertools.count(start_samples, config.global_batch),
         num_workers=workers,
-        collate_fn=_as_it_is,
+        collate_fn=_packed,
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=config.prefetch if workers else None,
         multiprocessing_context=_worker_context() if workers else None,
@@ -211,5 +215,12 @@ def default_workers() -> int:
     return 4 if cores >= 8 else 0
 
 
-def _as_it_is(item: Any) -> Any:
-    return item
+def _packed(item: Any) -> Fetched:
+    """Make small tensors arrays: those travel inside the message, while every tensor is a file of its own."""
+    fetched: Fetched = item
+    small = {name: np.asarray(field) for name, field in fetched.fields.items() if field.nbytes <= _SMALL_BYTES}
+    return fetched._replace(fields={**fetched.fields, **small})
+
+
+def _unpacked(fields: Mapping[str, Tensor | np.ndarray]) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(field) if isinstance(field, np.ndarray) else field for name, field in fields.items()}

@@ -91,6 +91,7 @@ def render(profile: SlurmRayProfile, spec: JobSpec) -> str:
         worker=[spec.python, "-m", NODE_MODULE, str(spec.folder / ORDER)],
         arguments=(),  # the order names the secrets; ranks read them on their nodes
         max_restarts=0,  # Ray starts ranks again; a Ray that died ends the allocation
+        fruitless_turns=2,
         tell=f'printf stop > "$run/{REQUEST}"',  # a signal to the step would end Ray's own processes
     )
 

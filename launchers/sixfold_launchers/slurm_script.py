@@ -18,6 +18,7 @@ from sixfold_launchers.profiles import BaseProfile, ContainerConfig, SlurmAlloca
 
 SCRIPT = "job.sbatch"
 NAME_PREFIX = "sixfold-"
+_FRUITLESS = "fruitless-turns"
 _FIRST_PAUSE_S = 2  # before the first restart; each further pause is four times as long as the last
 
 
@@ -110,6 +111,7 @@ def render(profile: SlurmProfile, spec: JobSpec) -> str:
         worker=[spec.python, "-m", "sixfold_launchers.slurm_task"],
         arguments=secret_arguments(profile),
         max_restarts=profile.max_restarts,
+        fruitless_turns=0,
     )
 
 
@@ -122,6 +124,7 @@ def script(
     worker: Sequence[str],
     arguments: Sequence[str],
     max_restarts: int,
+    fruitless_turns: int,
     tell: str = 'kill -USR1 "$step"',
 ) -> str:
     """The batch script whose one step runs ``worker RUN_FOLDER arguments`` in every task.
@@ -134,6 +137,7 @@ def script(
         worker: the command of a task.
         arguments: what follows the run folder.
         max_restarts: starts of the step inside the allocation after tasks were killed.
+        fruitless_turns: requeues in a row after turns that were ended by a kill, and came to no further checkpoint.
         tell: shell command that has the ranks of ``$run`` save and end once ``$step``, their srun, has been started;
             srun passes signals on to every process.
     """
@@ -154,6 +158,8 @@ def script(
         outcome=OUTCOME,
         request=REQUEST,
         interrupted=INTERRUPTED,
+        fruitless=_FRUITLESS,
+        fruitless_turns=fruitless_turns,
     )
 
 
@@ -235,8 +241,15 @@ for restart in $(seq 0 {max_restarts}); do
 done
 [ "$code" = 0 ] || cat "$run"/errors/*.txt 2>/dev/null
 
-# Interrupted: saved on request; or killed while saving, or after another checkpoint, which the next turn starts from.
-[ "$newest" != "$(cat "$run/checkpoints/latest" 2>/dev/null)" ] || lost=
+# Interrupted: saved on request, or killed; but turns that come to no further checkpoint may only repeat what ends them.
+if [ "$newest" != "$(cat "$run/checkpoints/latest" 2>/dev/null)" ]; then
+  rm -f "$run/{fruitless}"
+elif [ -n "$lost" ]; then
+  fruitless=$(( $(cat "$run/{fruitless}" 2>/dev/null || echo 0) + 1 ))
+  echo "$fruitless" >"$run/{fruitless}"
+  echo "turns without a further checkpoint: $fruitless; the last that is followed by another: {fruitless_turns}"
+  [ "$fruitless" -le {fruitless_turns} ] || lost=
+fi
 if [ "$(cat "$run/{outcome}" 2>/dev/null)" = interrupted ] || [ -n "$lost" ] \\
    || {{ [ "$signals" != 0 ] && [ "$code" -gt 128 ]; }}; then
   is_cancelled || requeue

@@ -1,6 +1,7 @@
 """A job on this machine, whatever is killed of it, ends as if nothing had happened."""
 
-import signal
+import subprocess
+import sys
 
 import psutil
 
@@ -22,20 +23,27 @@ from cluster_jobs import (
 
 def test_a_local_job_survives_its_ranks_its_keeper_and_two_preemptions(submit, reference, workplace):
     job = submit("local", *REFERENCE, settings=("ranks=2",))
+    first = job.wait_for_ranks(2)
     job.wait_for_step(6)
-    with Frozen(job) as ranks:
-        ranks[1].send_signal(signal.SIGKILL)
+    with Frozen(job, first) as ranks:
+        ranks[1].kill()
+    second = job.wait_for_ranks(2, other_than=first)
     wait_for_attempt(job, 2, step=6)
-    with Frozen(job):
+    with Frozen(job, second):
         psutil.Process(int(job.cluster_id.partition("@")[0])).kill()
     wait_for(lambda: job.state() == "interrupted", "the job outlives its keeper", PATIENCE_S, job)
     sixfold("jobs", "requeue", job.id)
+    ranks = second
     for turn in (3, 4):
+        ranks = job.wait_for_ranks(2, other_than=ranks)
         wait_for_attempt(job, turn, step=3)
-        before = max(losses(job.run))
-        sixfold("jobs", "requeue", job.id)  # a job that runs saves first
+        with Frozen(job, ranks) as frozen:
+            before = max(losses(job.run))
+            requeueing = subprocess.Popen([sys.executable, "-m", "sixfold.cli.main", "jobs", "requeue", job.id])
+            wait_for(frozen.are_told_to_save, "no rank was told to save", PATIENCE_S, job)
+        assert requeueing.wait(PATIENCE_S) == 0
         wait_for(lambda: len(attempts(job.run)) > turn, "the preempted run did not go on", PATIENCE_S, job)  # noqa: B023  # called at once
-        assert before < attempts(job.run)[-1] < STEPS, "it saved, and went on there"
+        assert before < attempts(job.run)[-1] <= before + 2, "it saved at the next step boundary, and went on there"
     job.wait_until_finished()
 
     assert losses(job.run) == losses(reference.run)

@@ -34,22 +34,25 @@ def submit_to_ray(submit, nodes):
 
 
 def test_whatever_happens_to_a_job_it_ends_as_if_nothing_had(nodes, submit_to_ray, reference, workplace):
-    """A rank, the driver, a raylet and a node are killed, two nodes are drained, then the job itself is cancelled."""
+    """A rank, the driver and a raylet are killed, two nodes are drained, then the job itself is cancelled."""
     job = submit_to_ray(2, 2)
-    ranks = nodes.wait_for_ranks(job, 2)
-    wait_for_attempt(job, 1, step=6)
-    ranks[1].kill()
-    wait_for_attempt(job, 2, step=3)
-    (driver,) = nodes.drivers()
-    driver.kill()
-    wait_for_attempt(job, 3, step=3)
-    for turn, take in enumerate((nodes.kill_raylet, nodes.kill), start=4):
-        take(nodes.node_of(nodes.ranks()[-1]))
+    ranks, lost = [], None
+    for turn, event in enumerate((kill_a_rank, kill_the_driver, kill_a_raylet, drain, drain), start=1):
+        ranks = nodes.wait_for_ranks(job, 2, other_than=ranks)
         wait_for_attempt(job, turn, step=3)
+        with Held(ranks):
+            if lost is not None:
+                nodes.kill(lost)
+                nodes.bring_up(3)
+            held_at = max(losses(job.run))
+            lost = event(nodes, ranks)
+        wait_for_attempt(job, turn + 1)
+        if event is drain:
+            assert held_at <= attempts(job.run)[-1] <= held_at + 2, "it saved where it stood"
+    ranks = nodes.wait_for_ranks(job, 2, other_than=ranks)
+    with Held(ranks):
+        nodes.kill(lost)
         nodes.bring_up(3)
-    for turn in (6, 7):
-        preempt(nodes, job, turn)
-    with Held(nodes.ranks()):
         cancelling = subprocess.Popen([sys.executable, "-m", "sixfold.cli.main", "jobs", "cancel", job.id])
         wait_for((job.run / "request").exists, "nobody was asked to stop", PATIENCE_S, job)
     assert cancelling.wait(PATIENCE_S) == 0
@@ -58,7 +61,7 @@ def test_whatever_happens_to_a_job_it_ends_as_if_nothing_had(nodes, submit_to_ra
     sixfold("jobs", "requeue", job.id)
     job.wait_until_finished()
 
-    assert attempts(job.run)[7:] == [stopped_after]
+    assert attempts(job.run)[6:] == [stopped_after]
     assert losses(job.run) == losses(reference.run)  # two ranks of one machine and of two nodes compute alike
     assert logged_steps(job.run) == list(range(1, STEPS + 1))
     assert mirrored(job.run, workplace)["points"]["train/loss"] == list(range(1, STEPS + 1)), "no point twice"
@@ -94,17 +97,29 @@ def test_ranks_follow_the_cluster(nodes, submit_to_ray, reference):
     assert logged_steps(job.run) == list(range(1, STEPS + 1))
 
 
-def preempt(nodes, job, turn):
-    """Announce the end of the last rank's node while no rank trains; end it once others go on, and replace it."""
-    ranks = nodes.ranks()
-    leaving = nodes.node_of(ranks[-1])
-    with Held(ranks):
-        nodes.drain(leaving)
-        held_at = max(losses(job.run))
-    wait_for_attempt(job, turn, step=3)
-    assert held_at <= attempts(job.run)[-1] <= held_at + 2, "it saved where it stood"
-    nodes.kill(leaving)
-    nodes.bring_up(3)
+def kill_a_rank(nodes, ranks):
+    """Kill the last rank."""
+    ranks[-1].kill()
+
+
+def kill_the_driver(nodes, ranks):
+    """Kill the process that talks to Ray."""
+    (driver,) = nodes.drivers()
+    driver.kill()
+
+
+def kill_a_raylet(nodes, ranks):
+    """Kill Ray's daemon under the last rank; return the node."""
+    node = nodes.node_of(ranks[-1])
+    nodes.kill_raylet(node)
+    return node
+
+
+def drain(nodes, ranks):
+    """Announce that the last rank's node will be taken away; return it."""
+    node = nodes.node_of(ranks[-1])
+    nodes.drain(node)
+    return node
 
 
 def test_the_cluster_is_this_users_alone(nodes):

@@ -21,9 +21,10 @@ from cluster_jobs import (
     wait_for_attempt,
 )
 
-LONE_STEPS = 400  # enough that no turn ends before it is held
+LONE_STEPS = 400
 LONE = (f"train.steps={LONE_STEPS}", "checkpoint.every_steps=1000", "tracking.type=jsonl")
 LIMITS = 5
+EVERY_S = 0.5  # between looks that cost a process
 ON_TWO_NODES = ("nodes=2", "ranks.minimum=2", "ranks.maximum=2", "placement=STRICT_SPREAD", "max_failures=9")
 AFTER_45_S, AFTER_60_S = (
     (f"time_limit='{minutes}'", f"save_before_limit_s={60 * minutes - seconds}")
@@ -63,116 +64,109 @@ def test_whatever_happens_to_jobs_they_end_as_if_nothing_had(slurm_cluster, subm
         assert logged_steps(job.run) == list(range(1, STEPS + 1))
         points = mirrored(job.run, workplace)["points"]
         assert points["train/loss"] == list(range(1, STEPS + 1)), "no point twice, none missing"
-    assert [len(attempts(job.run)) for job in (*limited, stranded)] == [LIMITS + 1, LIMITS + 1, 2]
+    assert len(attempts(stranded.run)) == 2
+    assert all(len(attempts(job.run)) > LIMITS for job in limited), "more limits than these may come on a busy host"
     for job in (*limited, stranded):
         assert losses(job.run) == losses(undisturbed.run)
         assert logged_steps(job.run) == list(range(1, LONE_STEPS + 1))
+    slurm_cluster.mend()  # a node that comes back ends what it had been running
     for job in jobs:
         wait_for(lambda: job.state() == "finished", "the job did not end", PATIENCE_S, job)  # noqa: B023  # called at once
         wait_for(lambda: job.leftovers() == [], "something outlived the job", PATIENCE_S, job)  # noqa: B023  # as above
     wait_for(slurm_cluster.is_idle, "an allocation is held", PATIENCE_S)
-    slurm_cluster.mend()
 
 
 def disturb(cluster, job, *events):
     """Let one thing happen to a job in each of its turns, once it has trained a little; the last turn is left alone."""
+    ranks = []
     for turn, event in enumerate(events, start=1):
+        ranks = job.wait_for_ranks(2, other_than=ranks)
         wait_for_attempt(job, turn, step=3)
-        held_at = event(cluster, job)
-        wait_for_attempt(job, turn + 1)
-        if held_at is not None:
-            assert held_at < attempts(job.run)[turn] <= held_at + 2, (
-                "it saved at the next step boundary, and went on there"
-            )
+        with Frozen(job, ranks) as frozen:
+            held_at = max(losses(job.run))
+            event(cluster, job, frozen)
+        wait_for(lambda: begins(cluster, job, turn + 1), f"{event.__name__} ended it", PATIENCE_S, job, EVERY_S)  # noqa: B023  # called at once
+        if event is preempt:
+            went_on_at = attempts(job.run)[turn]
+            assert held_at < went_on_at <= held_at + 2, "it saved at the next step boundary, and went on there"
 
 
-def kill_a_rank(cluster, job):
+def begins(cluster, job, turn):
+    """Whether a turn has begun; where the job waits for it, Slurm is asked to begin now."""
+    return len(attempts(job.run)) == turn or (cluster.start_now(job.cluster_id) and False)
+
+
+def kill_a_rank(cluster, job, frozen):
     """Kill one rank while all are held."""
-    with Frozen(job) as ranks:
-        ranks.processes[0].kill()
+    frozen[0].kill()
 
 
-def kill_srun(cluster, job):
-    """Kill what keeps the ranks in the allocation."""
-    for process in processes_naming(job.run):
-        if command_of(process).startswith("srun"):
-            process.kill()
-
-
-def kill_driver(cluster, job):
+def kill_driver(cluster, job, frozen):
     """Kill the process that talks to Ray."""
     (driver,) = [each for each in processes_naming(job.run) if "ray_driver --attempt" in command_of(each)]
     driver.kill()
 
 
-def kill_a_raylet(cluster, job):
-    """Kill Ray's daemon on the second node; the job is requeued if it has saved anything."""
-    wait_for((job.run / "checkpoints/latest").exists, "nothing was saved", PATIENCE_S, job)
+def kill_a_raylet(cluster, job, frozen):
+    """Kill Ray's daemon on the second node, which ends the turn."""
     job.ray("/raylet/raylet")[-1].kill()
-    wait_for(lambda: cluster.start_now(job.cluster_id), "the job was not requeued", PATIENCE_S, job)
 
 
-def kill_the_shell(cluster, job):
-    """Kill the batch shell, after which Slurm ends the job and nothing asks for another turn but the user."""
-    (rank, *_) = job.ranks()
-    (shell,) = processes_naming(f"/job{int(job.cluster_id):05d}/slurm_script")
-    shell.kill()
-    wait_for(lambda: job.state() in ("failed", "interrupted"), "the job outlives its shell", PATIENCE_S, job)
-    wait_for(lambda: not rank.is_running(), "a rank outlives its shell", PATIENCE_S, job)
-    sixfold("jobs", "requeue", job.id)
-    wait_for(lambda: cluster.start_now(job.cluster_id), "the job was not requeued", PATIENCE_S, job)
+def preempt(cluster, job, frozen):
+    """Let a job of another partition take the nodes, and have Slurm give them back."""
+    cluster(
+        "sbatch", "--parsable", "--partition=urgent", "--exclusive", "--wrap=sleep 1", "--output=/dev/null",
+        f"--nodelist={','.join(cluster.nodes(job.cluster_id))}", "--nodes=2",
+    )  # fmt: skip
+    wait_for(frozen.are_told_to_save, "no rank was told to save", PATIENCE_S, job)
 
 
-def lose_a_node(cluster, job):
+def lose_a_node(cluster, job, frozen):
     """A node and all on it are gone at once."""
     cluster.kill_node(cluster.nodes(job.cluster_id)[1])
-    wait_for(lambda: cluster.start_now(job.cluster_id), "the job outlived its node, unqueued", PATIENCE_S, job)
 
 
-def lose_a_daemon(cluster, job):
+def lose_a_daemon(cluster, job, frozen):
     """A node's daemon is gone, its ranks are not: none of them may train on beside those of the next turn."""
-    with Frozen(job):
-        cluster.kill_daemon(cluster.nodes(job.cluster_id)[1])
-        wait_for(lambda: cluster.start_now(job.cluster_id), "the job outlived its node, unqueued", PATIENCE_S, job)
+    cluster.kill_daemon(cluster.nodes(job.cluster_id)[1])
+    wait_for_end_of_turn(cluster, job)
 
 
-def preempt(cluster, job):
-    """Let a job of another partition take the nodes, and have Slurm give them back; return the step before."""
-    with Frozen(job) as ranks:
-        before = max(losses(job.run))
-        urgent = cluster(
-            "sbatch", "--parsable", "--partition=urgent", "--exclusive", "--wrap=sleep 1", "--output=/dev/null",
-            f"--nodelist={','.join(cluster.nodes(job.cluster_id))}", "--nodes=2",
-        )  # fmt: skip
-        wait_for(ranks.are_told_to_save, "no rank was told to save", PATIENCE_S, job)
-    wait_for(lambda: cluster.field(urgent, "JobState") == "COMPLETED", "the urgent job did not run", PATIENCE_S)
-    wait_for(lambda: cluster.start_now(job.cluster_id), "the preempted job was not requeued", PATIENCE_S, job)
-    return before
+def kill_the_shell(cluster, job, frozen):
+    """Kill the batch shell, after which Slurm ends the job and nobody but the user asks for another turn."""
+    (shell,) = processes_naming(f"/job{int(job.cluster_id):05d}/slurm_script")
+    shell.kill()
+    wait_for_end_of_turn(cluster, job)
+    assert job.state() in ("failed", "interrupted")
+    sixfold("jobs", "requeue", job.id)
 
 
-ORDEAL = (kill_a_rank, kill_srun, preempt, preempt, lose_a_node, lose_a_daemon, kill_the_shell)
-RAY_ORDEAL = (kill_a_rank, kill_driver, kill_a_raylet, preempt, preempt, lose_a_node)
+def wait_for_end_of_turn(cluster, job):
+    """Wait until Slurm runs a job no longer."""
+    ended = ("PENDING", "FAILED", "COMPLETED", "NODE_FAIL")
+    wait_for(lambda: cluster.field(job.cluster_id, "JobState") in ended, "the turn goes on", PATIENCE_S, job, EVERY_S)
+
+
+ORDEAL = (kill_a_rank, preempt, preempt, lose_a_node, lose_a_daemon, kill_the_shell)
+RAY_ORDEAL = (kill_a_rank, kill_driver, preempt, preempt, kill_a_raylet, lose_a_node)
 
 
 def meet_limits(cluster, job):
     """Let a job run into its time limit, three steps after it started or went on, several times."""
+    ranks = []
     for turn in range(1, LIMITS + 1):
-        wait_for(lambda: begins(cluster, job, turn), f"turn {turn} did not begin", PATIENCE_S, job)  # noqa: B023  # called before the next turn
+        wait_for(lambda: begins(cluster, job, turn), f"turn {turn} did not begin", PATIENCE_S, job, EVERY_S)  # noqa: B023  # called at once
+        ranks = job.wait_for_ranks(1, other_than=ranks)
         enough = attempts(job.run)[-1] + 3
         wait_for(
-            lambda: max(losses(job.run), default=0) >= enough or outcome(job.run) == "interrupted",  # noqa: B023  # as above
+            lambda: max(losses(job.run), default=0) >= enough or outcome(job.run) == "interrupted",  # noqa: B023  # called at once
             f"turn {turn} trained nothing", PATIENCE_S, job,
         )  # fmt: skip
         if outcome(job.run) != "interrupted":  # a slow start may take as long as Slurm does
-            with Frozen(job) as ranks:  # it trains no further while Slurm makes up its mind
-                wait_for(ranks.are_told_to_save, "no rank heard of the time limit", PATIENCE_S, job)
+            with Frozen(job, ranks) as frozen:  # it trains no further while Slurm makes up its mind
+                wait_for(frozen.are_told_to_save, "no rank heard of the time limit", PATIENCE_S, job)
         wait_for(lambda: outcome(job.run) == "interrupted", "the ranks did not save", PATIENCE_S, job)
-        wait_for(lambda: cluster.start_now(job.cluster_id), "the job was not requeued", PATIENCE_S, job)
-
-
-def begins(cluster, job, turn):
-    """Whether a turn has begun; where the limit came even before that, Slurm is asked once more."""
-    return len(attempts(job.run)) == turn or (cluster.start_now(job.cluster_id) and False)
+    wait_for(lambda: begins(cluster, job, LIMITS + 1), "the last turn did not begin", PATIENCE_S, job, EVERY_S)
 
 
 def lack_a_client(cluster, job):
@@ -184,7 +178,7 @@ def lack_a_client(cluster, job):
     listed = json.loads(sixfold("jobs", "list", "--json").stdout)
     assert next(row for row in listed if row["job_id"] == job.id)["state"] == "interrupted"
     sixfold("jobs", "requeue", job.id)
-    wait_for(lambda: cluster.start_now(job.cluster_id), "the job was not requeued", PATIENCE_S, job)
+    wait_for(lambda: begins(cluster, job, 2), "the job was not requeued", PATIENCE_S, job, EVERY_S)
 
 
 def programs(*names, folder):

@@ -18,15 +18,16 @@ from cluster_jobs import (
 
 
 def test_a_cancelled_job_saves_ends_and_may_be_taken_up(slurm_cluster, submit):
-    job = submit("slurm", "train.steps=12", "tracking.type=jsonl", "checkpoint.every_steps=1000")
+    job = submit("slurm", "train.steps=60", "tracking.type=jsonl", "checkpoint.every_steps=1000")
+    ranks = job.wait_for_ranks(1)
     job.wait_for_step(3)
-    with Frozen(job):
+    with Frozen(job, ranks):
         told = sixfold("jobs", "cancel", job.id)
     assert "told to end" in told.stdout
     wait_for(lambda: job.state() == "cancelled", "the job did not end", PATIENCE_S, job)
     assert outcome(job.run) == "interrupted"
     saved = max(losses(job.run))
-    assert saved < 12
+    assert saved < 60
     wait_for(lambda: not processes_naming(job.run), "processes outlived the job", PATIENCE_S)
     assert slurm_cluster.is_idle()
     again = sixfold("jobs", "cancel", job.id, check=False)
@@ -37,7 +38,7 @@ def test_a_cancelled_job_saves_ends_and_may_be_taken_up(slurm_cluster, submit):
     wait_for(lambda: slurm_cluster.start_now(job.cluster_id), "the job was not requeued", PATIENCE_S, job)
     job.wait_until_finished()
     assert attempts(job.run) == [0, saved]
-    assert logged_steps(job.run) == list(range(1, 13))
+    assert logged_steps(job.run) == list(range(1, 61))
     assert "resumed after step" in sixfold("jobs", "logs", job.id).stdout
 
 

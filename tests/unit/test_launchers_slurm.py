@@ -298,3 +298,13 @@ def test_killed_once_more_than_allowed_it_is_requeued_only_if_it_saved_meanwhile
     srun = f"{'echo step_5 > $RUN/checkpoints/latest;' if saves else ''} exit 137"
     code, output, called = Shell(tmp_path, srun, settings=["max_restarts=0"]).end()
     assert (code, called) == ((INTERRUPTED, ["scontrol requeue 77"]) if saves else (137, [])), output
+
+
+def test_ray_that_keeps_dying_is_given_up_after_some_turns_without_a_checkpoint(tmp_path):
+    shell = Shell(tmp_path, KILLED, profile="slurm-ray")
+    ends = [shell.end()[0], *(shell.start().end()[0] for _ in range(2))]
+    assert ends == [INTERRUPTED, INTERRUPTED, 137]
+    shell.program("srun", "echo step_5 > $RUN/checkpoints/latest; exit 137")
+    assert shell.start().end()[0] == INTERRUPTED, "it came further"
+    shell.program("srun", KILLED)
+    assert shell.start().end()[0] == INTERRUPTED, "and is counted anew"
