@@ -26,12 +26,14 @@ TINY = [
 ]
 
 PATIENCE_S = 400  # for what takes seconds on an idle machine
-STEPS = 160
+STEPS = 100
+NODES = 9
+"""Of the Slurm cluster that the tests start."""
 REFERENCE = (
     "data.global_batch=12",
     "data.lanes=12",  # which 1, 2, 3, 4, 6 and 12 ranks can share
     f"train.steps={STEPS}",
-    "checkpoint.every_steps=5",
+    "checkpoint.every_steps=10",
     "tracking.type=mlflow",
     "tracking.system_metrics=false",
     "tracking.close_timeout_s=120",  # the whole run is mirrored when it ends, however busy the machine

@@ -10,15 +10,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cluster_jobs import RECIPE, REFERENCE, TINY, Job, processes_naming, sixfold
+from cluster_jobs import NODES, RECIPE, REFERENCE, TINY, Job, processes_naming, sixfold
 from ray_runs import Nodes
 from sixfold.errors import EnvironmentFault
 from sixfold_launchers import ray_cluster
 
 DEV_CLUSTER = Path(__file__).resolve().parents[2] / "infra" / "slurm" / "dev-cluster"
-NODES = 9
-
-
 LONGEST = ("test_slurm_chaos", "test_ray_training", "test_all_kinds")
 """Files by the time they take, the longest first, so that workers end together."""
 

@@ -21,7 +21,7 @@ from cluster_jobs import (
     wait_for_attempt,
 )
 
-LONE_STEPS = 400
+LONE_STEPS = 150
 LONE = (f"train.steps={LONE_STEPS}", "checkpoint.every_steps=1000", "tracking.type=jsonl")
 LIMITS = 5
 EVERY_S = 0.5  # between looks that cost a process

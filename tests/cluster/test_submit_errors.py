@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster_jobs import PATIENCE_S, RECIPE, TINY, Frozen, sixfold, wait_for
+from cluster_jobs import NODES, PATIENCE_S, RECIPE, TINY, Frozen, sixfold, wait_for
 from sixfold_launchers.job_book import JobBook
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,11 +23,11 @@ ROOT = Path(__file__).resolve().parents[2]
             "partition=gup",
             [
                 "invalid partition specified: gup",
-                "main (4 nodes with 8 CPUs, 4096 MiB, gpu:2; limit infinite)",
+                f"main ({NODES} nodes with 8 CPUs, 4096 MiB, gpu:2; limit infinite)",
             ],
         ),
         ("gpus_per_node=16", ["node configuration is not available", "gpu:2", "--with gpus_per_node=N"]),
-        ("nodes=8", ["node configuration is not available"]),
+        (f"nodes={NODES + 1}", ["node configuration is not available"]),
     ],
 )
 def test_what_slurm_would_refuse_is_refused_with_what_it_has(slurm_cluster, refuse, setting, words):
