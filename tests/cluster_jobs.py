@@ -26,7 +26,7 @@ TINY = [
 ]
 
 PATIENCE_S = 400  # for what takes seconds on an idle machine
-STEPS = 100
+STEPS = 120
 NODES = 9
 """Of the Slurm cluster that the tests start."""
 REFERENCE = (
@@ -103,11 +103,12 @@ class Job:
         # A child that a rank has just forked still bears its command line.
         return [process for process in ranks.values() if process.ppid() not in ranks] + self.ray("ray::RayTrainWorker")
 
-    def wait_for_ranks(self, count, other_than=()):
+    def wait_for_ranks(self, count, other_than=(), meanwhile=lambda: None):
         """Wait until ``count`` new ranks are there, which is seconds before they train; return them."""
         found = []
 
         def there():
+            meanwhile()
             found[:] = [rank for rank in self.ranks() if rank not in other_than]
             return len(found) == count
 

@@ -21,7 +21,7 @@ from cluster_jobs import (
     wait_for_attempt,
 )
 
-LONE_STEPS = 150
+LONE_STEPS = 300
 LONE = (f"train.steps={LONE_STEPS}", "checkpoint.every_steps=1000", "tracking.type=jsonl")
 LIMITS = 5
 EVERY_S = 0.5  # between looks that cost a process
@@ -78,22 +78,23 @@ def test_whatever_happens_to_jobs_they_end_as_if_nothing_had(slurm_cluster, subm
 
 def disturb(cluster, job, *events):
     """Let one thing happen to a job in each of its turns, once it has trained a little; the last turn is left alone."""
-    ranks = []
-    for turn, event in enumerate(events, start=1):
-        ranks = job.wait_for_ranks(2, other_than=ranks)
-        wait_for_attempt(job, turn, step=3)
-        with Frozen(job, ranks) as frozen:
-            held_at = max(losses(job.run))
-            event(cluster, job, frozen)
-        wait_for(lambda: begins(cluster, job, turn + 1), f"{event.__name__} ended it", PATIENCE_S, job, EVERY_S)  # noqa: B023  # called at once
-        if event is preempt:
-            went_on_at = attempts(job.run)[turn]
+    ranks, last, held_at = [], None, 0
+    for turn, event in enumerate((*events, None), start=1):
+        ranks = next_ranks(cluster, job, 2, ranks)
+        wait_for_attempt(job, turn, step=1 if event is None else 3)
+        if last is preempt:
+            went_on_at = attempts(job.run)[turn - 1]
             assert held_at < went_on_at <= held_at + 2, "it saved at the next step boundary, and went on there"
+        if event is not None:
+            with Frozen(job, ranks) as frozen:
+                held_at = max(losses(job.run))
+                event(cluster, job, frozen)
+        last = event
 
 
-def begins(cluster, job, turn):
-    """Whether a turn has begun; where the job waits for it, Slurm is asked to begin now."""
-    return len(attempts(job.run)) == turn or (cluster.start_now(job.cluster_id) and False)
+def next_ranks(cluster, job, count, before):
+    """Wait for the ranks of the next turn, before they train; where the job waits for it, Slurm is asked to begin."""
+    return job.wait_for_ranks(count, other_than=before, meanwhile=lambda: cluster.start_now(job.cluster_id))
 
 
 def kill_a_rank(cluster, job, frozen):
@@ -152,21 +153,18 @@ RAY_ORDEAL = (kill_a_rank, kill_driver, preempt, preempt, kill_a_raylet, lose_a_
 
 
 def meet_limits(cluster, job):
-    """Let a job run into its time limit, three steps after it started or went on, several times."""
+    """Let a job run into its time limit, once it has started or gone on, several times."""
     ranks = []
     for turn in range(1, LIMITS + 1):
-        wait_for(lambda: begins(cluster, job, turn), f"turn {turn} did not begin", PATIENCE_S, job, EVERY_S)  # noqa: B023  # called at once
-        ranks = job.wait_for_ranks(1, other_than=ranks)
-        enough = attempts(job.run)[-1] + 3
-        wait_for(
-            lambda: max(losses(job.run), default=0) >= enough or outcome(job.run) == "interrupted",  # noqa: B023  # called at once
-            f"turn {turn} trained nothing", PATIENCE_S, job,
-        )  # fmt: skip
+        ranks = next_ranks(cluster, job, 1, ranks)
+        # A limit may come before anything is trained; then there is another turn.
+        begins = lambda: len(attempts(job.run)) >= turn or (cluster.start_now(job.cluster_id) and False)  # noqa: B023, E731  # called at once
+        wait_for(begins, f"turn {turn} did not begin", PATIENCE_S, job, every_s=0.1)
         if outcome(job.run) != "interrupted":  # a slow start may take as long as Slurm does
             with Frozen(job, ranks) as frozen:  # it trains no further while Slurm makes up its mind
                 wait_for(frozen.are_told_to_save, "no rank heard of the time limit", PATIENCE_S, job)
         wait_for(lambda: outcome(job.run) == "interrupted", "the ranks did not save", PATIENCE_S, job)
-    wait_for(lambda: begins(cluster, job, LIMITS + 1), "the last turn did not begin", PATIENCE_S, job, EVERY_S)
+    next_ranks(cluster, job, 1, ranks)
 
 
 def lack_a_client(cluster, job):
@@ -178,7 +176,7 @@ def lack_a_client(cluster, job):
     listed = json.loads(sixfold("jobs", "list", "--json").stdout)
     assert next(row for row in listed if row["job_id"] == job.id)["state"] == "interrupted"
     sixfold("jobs", "requeue", job.id)
-    wait_for(lambda: begins(cluster, job, 2), "the job was not requeued", PATIENCE_S, job, EVERY_S)
+    next_ranks(cluster, job, 1, ())
 
 
 def programs(*names, folder):
