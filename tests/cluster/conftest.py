@@ -16,8 +16,8 @@ from sixfold.errors import EnvironmentFault
 from sixfold_launchers import ray_cluster
 
 DEV_CLUSTER = Path(__file__).resolve().parents[2] / "infra" / "slurm" / "dev-cluster"
-LONGEST = ("test_slurm_chaos", "test_ray_training", "test_all_kinds")
-"""Files by the time they take, the longest first, so that workers end together."""
+FIRST = ("test_slurm_chaos", "test_ray_training", "test_ray_slurm", "test_all_kinds")
+"""Files in the order that two workers end together: each begins with two, and the first takes longest."""
 
 
 def pytest_collection_modifyitems(items):
@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(items):
         if item.path.is_relative_to(Path(__file__).parent):
             item.add_marker(pytest.mark.cluster)
             item.add_marker(pytest.mark.timeout(1200))
-    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+    items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST))
 
 
 def unavailable(why):

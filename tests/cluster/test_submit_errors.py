@@ -31,9 +31,10 @@ ROOT = Path(__file__).resolve().parents[2]
     ],
 )
 def test_what_slurm_would_refuse_is_refused_with_what_it_has(slurm_cluster, refuse, setting, words):
-    said = refuse(2, "--with", setting)
+    asked = ("--with", setting, f"data.global_batch={NODES + 1}")  # which as many ranks can share
+    said = refuse(2, *asked)
     assert [word for word in words if word not in said] == []
-    assert all(word in refuse(2, "--with", setting, "--dry-run") for word in words)
+    assert all(word in refuse(2, *asked, "--dry-run") for word in words)
     assert JobBook().jobs() == [] or "submitting" not in {job.state for job in JobBook().jobs()}
 
 
