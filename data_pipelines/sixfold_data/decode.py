@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -111,7 +111,17 @@ def _covering(image: Image.Image, height: int, width: int) -> Image.Image:
     return resized.crop((left, top, left + width, top + height))
 
 
+def with_unit_range(fields: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return fields with their ``image``, which is pixels in uint8 until then, as fp32 in [-1, 1]."""
+    image = fields.get("image")
+    return dict(fields) if image is None else {**fields, "image": _to_unit_range(image)}
+
+
 def to_unit_range(images: Sequence[np.ndarray] | np.ndarray) -> Float[Tensor, "n c h w"]:
     """Stack uint8 images ``[h, w, c]`` of one shape into fp32 in [-1, 1]."""
     stacked = torch.from_numpy(np.stack(images) if isinstance(images, Sequence) else images)
-    return stacked.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1.0)
+    return _to_unit_range(stacked.permute(0, 3, 1, 2))
+
+
+def _to_unit_range(pixels: Tensor) -> Tensor:
+    return pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1.0)

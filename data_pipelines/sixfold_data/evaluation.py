@@ -13,6 +13,7 @@ import torch
 from sixfold.errors import DataError
 from sixfold.objectives.contract import Batch
 from sixfold_data.config import DataConfig
+from sixfold_data.decode import with_unit_range
 from sixfold_data.describe import check_alike, combined_fingerprint
 from sixfold_data.order import Places
 from sixfold_data.quarantine import Quarantine
@@ -106,7 +107,7 @@ class EvaluationReader:
                 parts.append((slots, fields))
                 for damage in damages:
                     self._quarantine.add(damage)
-        return Batch(scatter(parts, len(positions)), torch.from_numpy(positions))
+        return Batch(with_unit_range(scatter(parts, len(positions))), torch.from_numpy(positions))
 
 
 def read_split_arrays(config: DataConfig, split: str, *, quarantine_path: Path | None = None) -> dict[str, np.ndarray]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sixfold.errors import DataError
 from sixfold_data.config import DataConfig
-from sixfold_data.decode import IMAGE_EXTENSIONS, UndecodableError, decode_images, to_unit_range
+from sixfold_data.decode import IMAGE_EXTENSIONS, UndecodableError, decode_images
 from sixfold_data.index import Manifest
 from sixfold_data.members import Row, Unreadable
 from sixfold_data.order import EpochOrder, Places
@@ -68,7 +68,7 @@ class ImageSource:
         pixels = np.empty((len(rows), *self._shape), dtype=np.uint8)
         for slot, row in enumerate(rows):
             pixels[slot] = row[0]
-        fields = {"image": to_unit_range(pixels)}
+        fields = {"image": torch.from_numpy(pixels).permute(0, 3, 1, 2)}
         labels = self._members.labels(places.sample)
         if self.manifest.classes and labels is not None:
             fields["label"] = torch.from_numpy(labels)

@@ -28,13 +28,14 @@ from sixfold.objectives.contract import Batch
 from sixfold_data.background import ReadAhead
 from sixfold_data.batches import Fetched, GlobalBatches
 from sixfold_data.config import DataConfig
+from sixfold_data.decode import with_unit_range
 from sixfold_data.describe import combined_fingerprint
 from sixfold_data.order import ORDER_VERSION
 from sixfold_data.quarantine import Quarantine
 
 logger = logging.getLogger(__name__)
 
-_SMALL_BYTES = 64 << 10
+_SMALL_BYTES = 1 << 20
 
 DataState = dict[str, int | str]
 """What a checkpoint keeps of the stream, beside the samples consumed; equal on all ranks."""
@@ -122,7 +123,7 @@ class TrainStream:
             raise fetched.error
         for damage in fetched.damages:
             self._quarantine.add(damage)
-        return Batch(_unpacked(fetched.fields), torch.from_numpy(fetched.positions))
+        return Batch(with_unit_range(_unpacked(fetched.fields)), torch.from_numpy(fetched.positions))
 
     @property
     def wait_s(self) -> float:
@@ -216,7 +217,7 @@ def default_workers() -> int:
 
 
 def _packed(item: Any) -> Fetched:
-    """Make small tensors arrays: those travel inside the message, while every tensor is a file of its own."""
+    """Make all but large tensors arrays: those travel inside the message, while every tensor is a file of its own."""
     fetched: Fetched = item
     small = {name: np.asarray(field) for name, field in fetched.fields.items() if field.nbytes <= _SMALL_BYTES}
     return fetched._replace(fields={**fetched.fields, **small})

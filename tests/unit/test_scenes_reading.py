@@ -9,6 +9,7 @@ from PIL import Image, ImageFilter
 from sixfold.errors import DataError
 from sixfold_data.build import BuildOptions
 from sixfold_data.config import DataConfig
+from sixfold_data.decode import with_unit_range
 from sixfold_data.scene_reading import captions_agree, components, read_scene
 from sixfold_data.scenes import (
     IMAGE_SIZES,
@@ -115,7 +116,7 @@ def test_held_out_combinations_are_in_no_training_picture(tmp_path):
     for split in ("train", "val"):
         (source,) = open_sources(config, str(tmp_path / "scenes"), split, seed=None)
         places = type("Places", (), {"epoch": None, "sample": np.arange(len(source.order))})
-        fields = source.fields(source.rows(places), places)
+        fields = with_unit_range(source.fields(source.rows(places), places))
         texts = [bytes(row[row < 256].astype(np.uint8)).decode() for row in fields["caption"].numpy()]
         assert all(one.aligned and one.size for one in captions_agree(fields["image"].numpy(), texts))
         pictures[split] = {parse_caption(text).canonical() for text in texts}
