@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from planning_cases import PLANNED, measure, payload, traced
+from case_runs import prepare
+from planning_cases import PHASED, PLANNED, Measured, measure, payload, traced
 from ranks import rank_pool
 from sixfold.engine.config import DDPConfig, DeepSpeedConfig, EngineConfig, FSDPConfig
 from sixfold.planning.partition import ZERO_BUCKET_ELEMENTS
@@ -22,6 +23,24 @@ CASES: dict[str, tuple[EngineConfig, int | None]] = {
     "ZeRO-2": (DeepSpeedConfig(precision="fp32", zero_stage=2), None),
     "ZeRO-3 bf16": (DeepSpeedConfig(precision="bf16", zero_stage=3), None),
 }
+IN_TWO = "FSDP2 in two micro-batches"
+CONSISTENCY = "distill/consistency-distill-smoke"
+SEVERAL_ROLES: dict[str, tuple[EngineConfig, int | None, int]] = {
+    "DDP": (DDPConfig(precision="fp32"), None, 2),
+    IN_TWO: (FSDPConfig(precision="fp32"), 4, 2),
+    "HSDP": (FSDPConfig(precision="fp32", replicate=2), None, 4),
+    "ZeRO-1": (DeepSpeedConfig(precision="fp32", zero_stage=1), None, 2),
+    "ZeRO-2": (DeepSpeedConfig(precision="fp32", zero_stage=2), None, 2),
+}
+MISCOUNTED = {
+    # Plans gather what stands outside of blocks once to three times too often: up to 8% of the bytes.
+    *((name, IN_TWO) for name in ("codec/kl-smoke", CONSISTENCY, "distill/dmd2-smoke", "distill/ladd-smoke")),
+    (CONSISTENCY, "HSDP"),
+    # Plans lack one all-reduce as large as the student.
+    (CONSISTENCY, "ZeRO-1"),
+    (CONSISTENCY, "ZeRO-2"),
+}
+"""Recipes and engines whose messages are not yet those planned."""
 BUCKET_BYTES = 2 * ZERO_BUCKET_ELEMENTS
 """What DeepSpeed sets aside in half precision, whatever the network; far more than everything else here."""
 
@@ -39,14 +58,33 @@ def test_memory_arithmetic_and_messages_are_predicted(
     name: str, case: str, demo_data: Path, planner: ProcessPoolExecutor
 ) -> None:
     config, micro_batch = CASES[case]
-    planned = planner.submit(traced, config, name, str(demo_data), micro_batch, 2)
-    found = rank_pool(2).run(measure, config, name, str(demo_data), micro_batch)[0]
+    found, planned = compare(config, name, str(demo_data), micro_batch, planner)
+    assert found == pytest.approx(planned, rel=1e-9)
+
+
+@pytest.mark.parametrize("case", SEVERAL_ROLES)
+@pytest.mark.parametrize("name", PHASED)
+def test_recipes_of_several_roles_are_predicted(
+    name: str, case: str, demo_data: Path, planner: ProcessPoolExecutor
+) -> None:
+    config, micro_batch, ranks = SEVERAL_ROLES[case]
+    data = prepare(name, demo_data)
+    found, planned = compare(config, name, data, micro_batch, planner, ranks)
+    assert (found == pytest.approx(planned, rel=1e-9)) == ((name, case) not in MISCOUNTED)
+
+
+def compare(
+    config: EngineConfig, name: str, data: str, micro_batch: int | None, planner: ProcessPoolExecutor, ranks: int = 2
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Hold the plan's arithmetic and memory to real steps; return the bytes of messages that were sent and planned."""
+    planned = planner.submit(traced, config, name, data, micro_batch, ranks)
+    found: Measured = rank_pool(ranks).run(measure, config, name, data, micro_batch)[0]
     trace = planned.result()
-    assert payload(found.step.collectives) == payload(trace.collectives)
-    assert found.step.flops == pytest.approx(trace.flops, rel=0.01)
-    assert found.step.most["activations"] == pytest.approx(trace.most["activations"], rel=0.05)
+    assert found.flops == pytest.approx(trace.flops, rel=0.01)
+    assert found.most["activations"] == pytest.approx(trace.most["activations"], rel=0.05)
     held = trace.held
-    resident = held.parameters + held.working + held.optimizer + held.average
+    resident = held.parameters + held.working + held.optimizer + held.average + trace.companion_bytes
     if isinstance(config, DDPConfig) or getattr(config, "zero_stage", 0) == 3:
         resident += held.gradients  # others free them after the update
     assert found.held_bytes % BUCKET_BYTES == pytest.approx(resident, rel=0.05)
+    return payload(found.collectives), payload(trace.collectives)
