@@ -175,16 +175,14 @@ def sent_by_replica(
     return sent
 
 
-def gathered_matrices(shapes: Iterable[Parameter], *, world_size: int) -> Counter[Collective]:
-    """Messages of Muon's update under ZeRO: every matrix is made whole on every rank, in fp32."""
-    sent: Counter[Collective] = Counter()
-    for value in shapes if world_size > 1 else ():
-        if value.tag.matrix:
-            message = Collective(
-                kind="all_reduce", ranks=tuple(range(world_size)), message_bytes=value.elements * _FP32
-            )
-            sent[message] += 1
-    return sent
+def gathered_whole(shapes: Iterable[Parameter], *, world_size: int) -> Counter[Collective]:
+    """Messages by which ZeRO makes parameters whole on every rank, in fp32: for Muon, and for networks that track."""
+    ranks = tuple(range(world_size))
+    messages = (
+        Collective(kind="all_reduce", ranks=ranks, message_bytes=value.elements * _FP32)
+        for value in (shapes if world_size > 1 else ())
+    )
+    return Counter(messages)
 
 
 def _optimizer_groups(parameters: Iterable[Parameter]) -> Mapping[tuple[bool, float], int]:

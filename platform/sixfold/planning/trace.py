@@ -30,13 +30,13 @@ from sixfold.models.network import Network, parameter_tags
 from sixfold.models.trained.network import NetworksConfig
 from sixfold.objectives.contract import Batch, LossTerms, Objective, Phase, Progress
 from sixfold.planning.meter import USES, Collective, Readings, StepMeter, Use
-from sixfold.planning.partition import Held, Parameter, gathered_matrices, held_by_rank, sent_by_replica
+from sixfold.planning.partition import Held, Parameter, gathered_whole, held_by_rank, sent_by_replica
 from sixfold.planning.replica import Replica
 from sixfold.recipe.checks import check_recipe
 from sixfold.recipe.recipe import Recipe
 from sixfold.recipe.trained import resolve_networks
 from sixfold.train.rehearsal import batch_fields
-from sixfold.train.roles import names_of, served_by, settings_of
+from sixfold.train.roles import names_of, served_by, settings_of, tracked_roles
 
 _CYCLE_STEPS = 60
 """Steps over which phases are counted: a multiple of the ratios between roles that recipes use."""
@@ -235,8 +235,18 @@ class _Cast:
                     device=self._world.device,
                     micro_batches=micro_batches,
                 )
-                if isinstance(engine, DeepSpeedConfig) and isinstance(self._recipe.optimizer_of(role), MuonConfig):
-                    sent += gathered_matrices(self.shapes[role], world_size=world_size)
+                if isinstance(engine, DeepSpeedConfig):
+                    sent += self._gathered_whole(role)
+        return sent
+
+    def _gathered_whole(self, role: str) -> Counter[Collective]:
+        """Messages by which ZeRO joins a role's fragments: Muon takes whole matrices, who tracks the role all."""
+        sent: Counter[Collective] = Counter()
+        if isinstance(self._recipe.optimizer_of(role), MuonConfig):
+            matrices = [value for value in self.shapes[role] if value.tag.matrix]
+            sent += gathered_whole(matrices, world_size=self._world.size)
+        for _ in tracked_roles(self._objective).get(role, ()):
+            sent += gathered_whole(self.shapes[role], world_size=self._world.size)
         return sent
 
     def _micro_batches(self, phase: Phase) -> tuple[int, int]:
