@@ -8,13 +8,14 @@ multiplied.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.distributed.fsdp import FSDPModule
 
 from sixfold.distributed.fake import fake_world
 from sixfold.distributed.process_group import World
@@ -22,7 +23,7 @@ from sixfold.distributed.randomness import PositionRandom
 from sixfold.engine.averaging import kinds_of
 from sixfold.engine.base import NetworkSpecification, RoleSpecification
 from sixfold.engine.config import ConstantScheduleConfig, DeepSpeedConfig, EngineConfig, FSDPConfig, MuonConfig
-from sixfold.engine.fsdp import FSDPEngine
+from sixfold.engine.fsdp import FSDPEngine, forget_gathered
 from sixfold.engine.rehearsal import untrained_network
 from sixfold.engine.sharding import local_tensors
 from sixfold.models.attention import kernels_of
@@ -90,13 +91,14 @@ def trace_step(recipe: Recipe, world_size: int, *, device: torch.device | None =
     kernels = kernels_of(device or torch.device("cpu"))
     with fake_world(world_size) as world, FakeTensorMode(allow_non_fake_inputs=True), kernels:
         cast = _Cast(recipe, objective, networks, world)
-        traced = [(times, cast.trace(phase)) for phase, times in frequency.items()]
-        fullest = max((readings for _, (readings, _, _) in traced), key=lambda readings: readings.peak_bytes)
+        traced = {phase: cast.trace(phase) for phase in frequency}
+        seen = [part.whole for part in traced.values()]
+        fullest = max(seen, key=lambda readings: readings.peak_bytes)
         return StepTrace(
-            most={use: max(readings.most[use] for _, (readings, _, _) in traced) for use in USES},
+            most={use: max(readings.most[use] for readings in seen) for use in USES},
             at_peak=fullest.at_peak,
-            flops=sum(times * flops for times, (_, flops, _) in traced),
-            collectives=add_up((times, messages) for times, (_, _, messages) in traced),
+            flops=sum(times * cast.flops(phase, traced[phase]) for phase, times in frequency.items()),
+            collectives=add_up((times, cast.messages(phase, traced[phase])) for phase, times in frequency.items()),
             held=held_by_roles(recipe, cast.shapes, world_size, device or world.device),
             companion_bytes=cast.companion_bytes(),
             shapes=cast.shapes,
@@ -149,6 +151,15 @@ def micro_batch_of(recipe: Recipe, roles: Iterable[str], world_size: int) -> int
     return min(rank_batch, *(recipe.engine_of(role).micro_batch or rank_batch for role in roles))
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Traced:
+    """A phase's losses, and the readings of its last micro-batch without and with the update."""
+
+    terms: LossTerms
+    computed: Readings
+    whole: Readings
+
+
 class _Cast:
     """Every role's network on fake tensors, as a rank would have it."""
 
@@ -161,34 +172,73 @@ class _Cast:
         }
         self.shapes = {role: self._shapes(role) for role in self.engines}
 
-    def trace(self, phase: Phase) -> tuple[Readings, float, Mapping[Collective, float]]:
-        """Run a phase's micro-batches; return what was seen, and the FLOPs and messages of all of them."""
-        micro_batch, micro_batches = self._micro_batches(phase)
+    def trace(self, phase: Phase) -> _Traced:
+        """Run a phase's last micro-batch, and its update as far as that sends messages."""
+        micro_batch, _ = self._micro_batches(phase)
         with StepMeter() as meter:
-            terms = self._compute(phase, micro_batch)
+            with self._networks_in(phase) as networks:
+                terms = self._compute(networks, phase, micro_batch)
             computed = meter.readings()
             for role in phase.trains:
                 self._finish(role, meter)
-        readings = meter.readings()
-        messages: Counter[Collective] = Counter(readings.collectives)
-        for collective, count in computed.collectives.items():
-            if collective.kind != "all_reduce":  # replicas of shards are summed after the last micro-batch alone
-                messages[collective] += count * (micro_batches - 1)
-        messages += self._of_the_step(phase, terms, micro_batches)
-        return readings, readings.flops + computed.flops * (micro_batches - 1), messages
+        return _Traced(terms=terms, computed=computed, whole=meter.readings())
+
+    def flops(self, phase: Phase, traced: _Traced) -> float:
+        """Floating-point operations of all of a phase's micro-batches."""
+        _, micro_batches = self._micro_batches(phase)
+        return traced.whole.flops + traced.computed.flops * (micro_batches - 1)
+
+    def messages(self, phase: Phase, traced: _Traced) -> Mapping[Collective, float]:
+        """Messages of all of a phase's micro-batches and its update, once every phase has been traced."""
+        micro_batch, micro_batches = self._micro_batches(phase)
+        cold = traced.computed.collectives
+        first, further = self._seen_again(phase, micro_batch, micro_batches) or (cold, cold)
+        repeated = {
+            collective: count * (micro_batches - 1)
+            for collective, count in further.items()
+            if collective.kind != "all_reduce"  # replicas of shards are summed after the last micro-batch alone
+        }
+        of_the_update = {
+            collective: count - cold.get(collective, 0) for collective, count in traced.whole.collectives.items()
+        }
+        of_the_step = self._of_the_step(phase, traced.terms, micro_batches)
+        return add_up((1.0, part) for part in (first, repeated, of_the_update, of_the_step))
+
+    def _seen_again(
+        self, phase: Phase, samples: int, micro_batches: int
+    ) -> tuple[Mapping[Collective, float], Mapping[Collective, float]] | None:
+        """Messages of the first micro-batch of a later step, and of one after it; None where they are those of any.
+
+        What FSDP gathered of a network for a call without backward stays: of a frozen one for good, of one that tracks
+        until its update, of one that another phase trains until this phase ends.
+        """
+        others = [engine.network for role, engine in self.engines.items() if role not in phase.trains]
+        if not any(isinstance(network, FSDPModule) for network in (*others, *self.companions.values())):
+            return None
+        for role in names_of(self._objective, "tracking"):
+            forget_gathered(self.companions[role])
+        seen: list[Mapping[Collective, float]] = []
+        with self._networks_in(phase) as networks:
+            for _ in range(min(2, micro_batches)):
+                with StepMeter() as meter:
+                    self._compute(networks, phase, samples)
+                seen.append(meter.readings().collectives)
+        for role in phase.trains:
+            for value in self.engines[role].network.parameters():
+                value.grad = None
+        return seen[0], seen[-1]
 
     def companion_bytes(self) -> int:
         """What the other roles keep on the rank."""
         values = (value for network in self.companions.values() for value in network.parameters())
         return sum(value.numel() * value.element_size() for value in local_tensors(list(values)))
 
-    def _compute(self, phase: Phase, samples: int) -> LossTerms:
+    def _compute(self, networks: Mapping[str, nn.Module], phase: Phase, samples: int) -> LossTerms:
         """The last micro-batch, as the train loop takes it."""
         fields = batch_fields(self._recipe, self._networks, samples)
         batch = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in fields.items()}
         positions = torch.arange(samples)
         with ExitStack() as contexts:
-            networks = self._networks_in(phase, contexts)
             for role in phase.trains:
                 contexts.enter_context(self.engines[role].accumulate(last=True))
             random = PositionRandom(self._recipe.seed, positions)
@@ -200,14 +250,17 @@ class _Cast:
             first.backward(loss)
         return terms
 
-    def _networks_in(self, phase: Phase, contexts: ExitStack) -> dict[str, nn.Module]:
+    @contextmanager
+    def _networks_in(self, phase: Phase) -> Iterator[dict[str, nn.Module]]:
+        """Networks by role as a phase's micro-batches call them."""
         trained = {role: engine.module for role, engine in self.engines.items() if role in phase.trains}
-        untrained = {
-            role: contexts.enter_context(engine.untrained())
-            for role, engine in self.engines.items()
-            if role not in phase.trains
-        }
-        return {**trained, **untrained, **self.companions}
+        with ExitStack() as contexts:
+            untrained = {
+                role: contexts.enter_context(engine.untrained())
+                for role, engine in self.engines.items()
+                if role not in phase.trains
+            }
+            yield {**trained, **untrained, **self.companions}
 
     def _finish(self, role: str, meter: StepMeter) -> None:
         """Update a role where its update sends messages, and forget its gradients."""
