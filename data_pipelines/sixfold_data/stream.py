@@ -219,8 +219,12 @@ def default_workers() -> int:
 def _packed(item: Any) -> Fetched:
     """Make all but large tensors arrays: those travel inside the message, while every tensor is a file of its own."""
     fetched: Fetched = item
-    small = {name: np.asarray(field) for name, field in fetched.fields.items() if field.nbytes <= _SMALL_BYTES}
-    return fetched._replace(fields={**fetched.fields, **small})
+    fields = {name: np.asarray(field) if _is_packable(field) else field for name, field in fetched.fields.items()}
+    return fetched._replace(fields=fields)
+
+
+def _is_packable(field: Any) -> bool:
+    return field.nbytes <= _SMALL_BYTES and field.dtype != torch.bfloat16  # which arrays lack
 
 
 def _unpacked(fields: Mapping[str, Tensor | np.ndarray]) -> dict[str, Tensor]:
