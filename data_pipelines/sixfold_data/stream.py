@@ -224,7 +224,8 @@ def _packed(item: Any) -> Fetched:
 
 
 def _is_packable(field: Any) -> bool:
-    return field.nbytes <= _SMALL_BYTES and field.dtype != torch.bfloat16  # which arrays lack
+    packable: bool = field.nbytes <= _SMALL_BYTES and field.dtype != torch.bfloat16  # which arrays lack
+    return packable
 
 
 def _unpacked(fields: Mapping[str, Tensor | np.ndarray]) -> dict[str, Tensor]:
