@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from sixfold.distributed.randomness import derive_key
@@ -32,7 +31,7 @@ class Fetched(NamedTuple):
     On the way between processes small fields are arrays.
     """
 
-    fields: Mapping[str, Tensor | np.ndarray]
+    fields: Mapping[str, Any]
     positions: np.ndarray
     damages: list[Damage]
     error: SixfoldError | None

@@ -112,9 +112,11 @@ def _covering(image: Image.Image, height: int, width: int) -> Image.Image:
 
 
 def with_unit_range(fields: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return fields with their ``image``, which is pixels in uint8 until then, as fp32 in [-1, 1]."""
+    """Return fields with their ``image`` as fp32 in [-1, 1], where it still is pixels in uint8."""
     image = fields.get("image")
-    return dict(fields) if image is None else {**fields, "image": _to_unit_range(image)}
+    if image is None or image.dtype != torch.uint8:
+        return dict(fields)
+    return {**fields, "image": _to_unit_range(image)}
 
 
 def to_unit_range(images: Sequence[np.ndarray] | np.ndarray) -> Float[Tensor, "n c h w"]:

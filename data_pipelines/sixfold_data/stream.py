@@ -107,10 +107,10 @@ class TrainStream:
         self._waited_s = 0.0
         self._loader = _make_loader(self._batches, config, start_samples)
         with children_shielded():
-            self._items: Iterator[Fetched] = iter(self._loader)
+            loaded: Iterator[Fetched] = iter(self._loader)
         # Without loader processes, a thread reads the next batch during the step.
-        self._ahead = None if self._loader.num_workers else ReadAhead(self._items, _share_device())
-        self._items = self._ahead or self._items
+        self._ahead = None if self._loader.num_workers else ReadAhead(loaded, _share_device())
+        self._items: Iterator[Fetched] = self._ahead or loaded
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -123,7 +123,7 @@ class TrainStream:
             raise fetched.error
         for damage in fetched.damages:
             self._quarantine.add(damage)
-        return Batch(with_unit_range(_unpacked(fetched.fields)), torch.from_numpy(fetched.positions))
+        return Batch(_unpacked(fetched.fields), torch.from_numpy(fetched.positions))
 
     @property
     def wait_s(self) -> float:
@@ -186,7 +186,7 @@ def _make_loader(batches: GlobalBatches, config: DataConfig, start_samples: int)
         batch_size=None,
         sampler=itertools.count(start_samples, config.global_batch),
         num_workers=workers,
-        collate_fn=_packed,
+        collate_fn=_packed if workers else _finished,
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=config.prefetch if workers else None,
         multiprocessing_context=_worker_context() if workers else None,
@@ -216,17 +216,31 @@ def default_workers() -> int:
     return 4 if cores >= 8 else 0
 
 
-def _packed(item: Any) -> Fetched:
-    """Make all but large tensors arrays: those travel inside the message, while every tensor is a file of its own."""
+def _finished(item: Any) -> Fetched:
+    """Make pixels numbers, in the thread that reads ahead."""
     fetched: Fetched = item
-    fields = {name: np.asarray(field) if _is_packable(field) else field for name, field in fetched.fields.items()}
-    return fetched._replace(fields=fields)
+    return fetched._replace(fields=with_unit_range(fetched.fields))
 
 
-def _is_packable(field: Any) -> bool:
-    packable: bool = field.nbytes <= _SMALL_BYTES and field.dtype != torch.bfloat16  # which arrays lack
-    return packable
+def _packed(item: Any) -> Fetched:
+    """Make a batch ready to leave a loader process: small fields as arrays, which travel inside the message.
+
+    Every tensor is a file of its own, and a handshake. Small pixels become numbers only where they arrive.
+    """
+    fetched: Fetched = item
+    image = fetched.fields.get("image")
+    fields = fetched.fields if image is None or _is_small(image) else with_unit_range(fetched.fields)
+    return fetched._replace(
+        fields={name: np.asarray(field) if _is_small(field) else field for name, field in fields.items()}
+    )
+
+
+def _is_small(field: Tensor) -> bool:
+    return field.nbytes <= _SMALL_BYTES and field.dtype != torch.bfloat16  # which arrays lack
 
 
 def _unpacked(fields: Mapping[str, Tensor | np.ndarray]) -> dict[str, Tensor]:
-    return {name: torch.from_numpy(field) if isinstance(field, np.ndarray) else field for name, field in fields.items()}
+    tensors = {
+        name: torch.from_numpy(field) if isinstance(field, np.ndarray) else field for name, field in fields.items()
+    }
+    return with_unit_range(tensors)

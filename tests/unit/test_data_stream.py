@@ -14,9 +14,12 @@ import torch
 
 from data_sets import make_images, make_synthetic_index, make_text, numbers_of, png
 from sixfold.errors import DataError, RecipeError
+from sixfold_data import stream as stream_module
 from sixfold_data.background import ReadAhead
+from sixfold_data.batches import Fetched
 from sixfold_data.build import BuildOptions, building
 from sixfold_data.config import DataConfig
+from sixfold_data.decode import to_unit_range
 from sixfold_data.describe import describe
 from sixfold_data.evaluation import EvaluationReader, read_split_arrays
 from sixfold_data.stream import TrainStream
@@ -273,3 +276,14 @@ def test_captions_come_as_padded_tokens_and_a_cut_one_is_told_of(tmp_path, caplo
     (warning,) = (record.getMessage() for record in caplog.records if "captions" in record.getMessage())
     assert "data.caption_length" in warning
     assert repr(texts[1]) in warning
+
+
+@pytest.mark.parametrize(("size", "sent_as"), [(8, np.ndarray), (600, torch.Tensor)])
+def test_pixels_arrive_as_the_same_numbers_whether_they_travel_in_the_message_or_beside_it(size, sent_as):
+    pixels = np.random.default_rng(0).integers(0, 256, (2, size, size, 3), dtype=np.uint8)
+    fields = {"image": torch.from_numpy(pixels).permute(0, 3, 1, 2), "scale": torch.ones(2, dtype=torch.bfloat16)}
+    sent = stream_module._packed(Fetched(fields, np.arange(2), [], None)).fields
+    assert isinstance(sent["image"], sent_as)
+    arrived = stream_module._unpacked(sent)
+    assert torch.equal(arrived["image"], to_unit_range(pixels))
+    assert torch.equal(arrived["scale"], fields["scale"])
