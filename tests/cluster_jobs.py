@@ -131,6 +131,11 @@ class Job:
         places = [self.run, *self.ray_folders()]
         return [command_of(process) for place in places for process in processes_naming(place)] + self.ray_folders()
 
+    def wait_until_gone(self):
+        """Wait until the cluster says that the job has finished, and nothing is left of it on this host."""
+        wait_for(lambda: self.state() == "finished", "the job did not end", PATIENCE_S, self)
+        wait_for(lambda: self.leftovers() == [], "something outlived the job", PATIENCE_S, self)
+
 
 def wait_for(condition, failure, timeout, job=None, every_s=0.05):
     """Wait for a condition; on failure show what the job printed."""

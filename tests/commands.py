@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from sixfold.tracking.events import read_metrics
 
@@ -40,3 +42,12 @@ def train(recipe: str, *overrides: str, run: Path, timeout_s: float = 500.0) -> 
 def last_values(run: Path) -> dict[str, float]:
     """The last value of every metric of a run."""
     return {name: series[max(series)] for name, series in read_metrics(run).items()}
+
+
+def table_of_pipeline(name: str, folder: Path) -> list[dict[str, Any]]:
+    """Run a pipeline to its end, print the table that its last stage writes, and return the table's rows."""
+    output_of("run", name, "--run-dir", str(folder / "pipeline"), folder=folder, timeout_s=7000)
+    (written,) = (folder / "pipeline").glob("table-*/table.md")
+    print(f"\n{written.read_text()}")
+    rows: list[dict[str, Any]] = json.loads(written.with_suffix(".json").read_text())
+    return rows

@@ -40,8 +40,7 @@ def test_one_recipe_trains_alike_on_every_kind(slurm_cluster, nodes, submit, ref
     assert token.stat().st_mode & 0o777 == 0o600
     for job in jobs.values():
         job.wait_until_finished()
-        wait_for(lambda: job.state() == "finished", "the job did not end", PATIENCE_S, job)  # noqa: B023  # called at once
-        wait_for(lambda: job.leftovers() == [], "something outlived the job", PATIENCE_S, job)  # noqa: B023  # as above
+        job.wait_until_gone()
     assert not token.exists()
 
     shape = mirrored(reference.run, workplace)

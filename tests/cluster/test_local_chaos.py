@@ -14,7 +14,6 @@ from cluster_jobs import (
     logged_steps,
     losses,
     mirrored,
-    processes_naming,
     sixfold,
     wait_for,
     wait_for_attempt,
@@ -42,12 +41,11 @@ def test_a_local_job_survives_its_ranks_its_keeper_and_two_preemptions(submit, r
             requeueing = subprocess.Popen([sys.executable, "-m", "sixfold.cli.main", "jobs", "requeue", job.id])
             wait_for(frozen.are_told_to_save, "no rank was told to save", PATIENCE_S, job)
         assert requeueing.wait(PATIENCE_S) == 0
-        wait_for(lambda: len(attempts(job.run)) > turn, "the preempted run did not go on", PATIENCE_S, job)  # noqa: B023  # called at once
+        wait_for_attempt(job, turn + 1)
         assert before < attempts(job.run)[-1] <= before + 2, "it saved at the next step boundary, and went on there"
     job.wait_until_finished()
 
     assert losses(job.run) == losses(reference.run)
     assert logged_steps(job.run) == list(range(1, STEPS + 1))
     assert mirrored(job.run, workplace)["points"]["train/loss"] == list(range(1, STEPS + 1)), "no point twice"
-    wait_for(lambda: job.state() == "finished", "the job did not end", PATIENCE_S, job)
-    wait_for(lambda: not processes_naming(job.run), "processes outlived the job", PATIENCE_S)
+    job.wait_until_gone()

@@ -71,8 +71,7 @@ def test_whatever_happens_to_jobs_they_end_as_if_nothing_had(slurm_cluster, subm
         assert logged_steps(job.run) == list(range(1, LONE_STEPS + 1))
     slurm_cluster.mend()  # a node that comes back ends what it had been running
     for job in jobs:
-        wait_for(lambda: job.state() == "finished", "the job did not end", PATIENCE_S, job)  # noqa: B023  # called at once
-        wait_for(lambda: job.leftovers() == [], "something outlived the job", PATIENCE_S, job)  # noqa: B023  # as above
+        job.wait_until_gone()
     wait_for(slurm_cluster.is_idle, "an allocation is held", PATIENCE_S)
 
 
@@ -157,14 +156,21 @@ def meet_limits(cluster, job):
     ranks = []
     for turn in range(1, LIMITS + 1):
         ranks = next_ranks(cluster, job, 1, ranks)
-        # A limit may come before anything is trained; then there is another turn.
-        begins = lambda: len(attempts(job.run)) >= turn or (cluster.start_now(job.cluster_id) and False)  # noqa: B023, E731  # called at once
-        wait_for(begins, f"turn {turn} did not begin", PATIENCE_S, job, every_s=0.1)
+        wait_for_turn(cluster, job, turn)
         if outcome(job.run) != "interrupted":  # a slow start may take as long as Slurm does
             with Frozen(job, ranks) as frozen:  # it trains no further while Slurm makes up its mind
                 wait_for(frozen.are_told_to_save, "no rank heard of the time limit", PATIENCE_S, job)
         wait_for(lambda: outcome(job.run) == "interrupted", "the ranks did not save", PATIENCE_S, job)
     next_ranks(cluster, job, 1, ranks)
+
+
+def wait_for_turn(cluster, job, turn):
+    """Wait until a turn has begun to train; a limit may come before, and then there is another."""
+
+    def has_begun():
+        return len(attempts(job.run)) >= turn or (cluster.start_now(job.cluster_id) and False)
+
+    wait_for(has_begun, f"turn {turn} did not begin", PATIENCE_S, job, every_s=0.1)
 
 
 def lack_a_client(cluster, job):

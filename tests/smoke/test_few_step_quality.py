@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from commands import output_of, train
+from commands import output_of, table_of_pipeline, train
 
 STEPS_OF_TEACHER = 50
 ONE_STEP_BOUNDS = {"consistency-distill": 2.0, "scm-distill": 2.0, "dmd2": 2.0, "mean-flow": 3.0}
@@ -44,12 +44,7 @@ def test_a_student_jumps_where_its_teacher_needs_many_steps(demo_data, tmp_path)
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
     """What the pipeline's last stage writes."""
-    folder = tmp_path_factory.mktemp("few-step")
-    words = ("run", "pipelines/few-step-smoke", "--run-dir", str(folder / "pipeline"))
-    output_of(*words, folder=folder, timeout_s=7000)
-    (written,) = (folder / "pipeline").glob("table-*/table.md")
-    print(f"\n{written.read_text()}")
-    return rows_of(json.loads(written.with_suffix(".json").read_text()))
+    return rows_of(table_of_pipeline("pipelines/few-step-smoke", tmp_path_factory.mktemp("few-step")))
 
 
 @pytest.mark.quality

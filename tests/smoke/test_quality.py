@@ -1,14 +1,12 @@
 """Promise 6: the smoke recipes, trained by the real command, meet quality gates that can fail."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from commands import last_values, output_of, sixfold
 from sixfold.evaluation.ngram import NGram
 from sixfold.recipe.load import load_recipe
 from sixfold.tracking.events import read_events, read_metrics
@@ -16,24 +14,6 @@ from sixfold_data.evaluation import EvaluationReader
 from sixfold_data.stream import TrainStream
 
 DATA = {"flow/dit-smoke": "digits", "lm/moe-smoke": "stdlib"}
-
-
-def sixfold(*arguments: str, folder: Path) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "sixfold.cli.main", *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def output_of(*arguments: str, folder: Path) -> str:
-    process = sixfold(*arguments, folder=folder)
-    output, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, output
-    return output
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +36,7 @@ def trained(demo_data, tmp_path_factory) -> dict[str, Path]:
 
 @pytest.mark.timeout(600)
 def test_digits_are_as_good_as_new_ones_and_not_memorised(trained):
-    values = {name: series[max(series)] for name, series in read_metrics(trained["flow/dit-smoke"]).items()}
+    values = last_values(trained["flow/dit-smoke"])
     assert values["val/classifier_accuracy"] > 0.97, "the features must know digits"
     assert values["val/fd_ratio"] <= 0.8
     assert values["val/nearest_neighbour"] >= 0.9

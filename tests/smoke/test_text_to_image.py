@@ -1,21 +1,14 @@
 """Promise 6 for text to image: pictures show what captions say that were never trained on, in any wording."""
 
-import json
-
 import pytest
 
-from commands import output_of
+from commands import table_of_pipeline
 
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
     """What the pipeline's last stage writes, by steps and guidance."""
-    folder = tmp_path_factory.mktemp("text-to-image")
-    words = ("run", "pipelines/text-to-image-smoke", "--run-dir", str(folder / "pipeline"))
-    output_of(*words, folder=folder, timeout_s=7000)
-    (written,) = (folder / "pipeline").glob("table-*/table.md")
-    print(f"\n{written.read_text()}")
-    rows = json.loads(written.with_suffix(".json").read_text())
+    rows = table_of_pipeline("pipelines/text-to-image-smoke", tmp_path_factory.mktemp("text-to-image"))
     return {(row["steps"], row["guidance"]): row for row in rows}
 
 

@@ -15,7 +15,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from sixfold.checkpoint.manifest import MANIFEST, decode
+from sixfold.checkpoint.manifest import MANIFEST, decode, hash_stream
 from sixfold.config.base import Config
 from sixfold.errors import DataError, SixfoldError
 from sixfold.recipe.trained import RUN, locate_run
@@ -24,8 +24,6 @@ from sixfold.train.run_folder import RunFolder
 from sixfold_data.config import CacheConfig
 from sixfold_data.index import MANIFEST_NAME, column_path, read_manifest
 from sixfold_data.store import open_store
-
-_READ_BYTES = 4 << 20
 
 
 class FileState(Config):
@@ -102,11 +100,8 @@ def file_sha256(path: Path) -> str:
 
 @lru_cache(maxsize=4096)
 def _hashed(path: Path, size_bytes: int, modified_ns: int) -> str:
-    digest = hashlib.sha256()
     with path.open("rb") as stream:
-        while block := stream.read(_READ_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
+        return hash_stream(stream).sha256
 
 
 def _data_set(folder: Path) -> tuple[str, dict[str, str]]:

@@ -212,8 +212,10 @@ class _Cast:
         What FSDP gathered of a network for a call without backward stays: of a frozen one for good, of one that tracks
         until its update, of one that another phase trains until this phase ends.
         """
-        others = [engine.network for role, engine in self.engines.items() if role not in phase.trains]
-        if not any(isinstance(network, FSDPModule) for network in (*others, *self.companions.values())):
+        others = list(self.companions.values())
+        if micro_batches > 1:
+            others += [engine.network for role, engine in self.engines.items() if role not in phase.trains]
+        if not any(isinstance(network, FSDPModule) for network in others):
             return None
         for role in names_of(self._objective, "tracking"):
             forget_gathered(self.companions[role])
@@ -224,8 +226,7 @@ class _Cast:
                     self._compute(networks, phase, samples)
                 seen.append(meter.readings().collectives)
         for role in phase.trains:
-            for value in self.engines[role].network.parameters():
-                value.grad = None
+            self.engines[role].network.zero_grad()
         return seen[0], seen[-1]
 
     def companion_bytes(self) -> int:
@@ -265,12 +266,10 @@ class _Cast:
     def _finish(self, role: str, meter: StepMeter) -> None:
         """Update a role where its update sends messages, and forget its gradients."""
         engine = self.engines[role]
-        parameters = list(engine.network.parameters())
-        meter.keep(local_tensors([value.grad for value in parameters if value.grad is not None]))
+        meter.keep(local_tensors([value.grad for value in engine.network.parameters() if value.grad is not None]))
         if isinstance(engine, FSDPEngine) and isinstance(self._recipe.optimizer_of(role), MuonConfig):
             engine.apply_update(1.0, 1.0)
-        for value in parameters:
-            value.grad = None
+        engine.network.zero_grad()
 
     def _of_the_step(self, phase: Phase, terms: LossTerms, micro_batches: int) -> Counter[Collective]:
         """Messages that no fake group sees: those of DDP and ZeRO, and the step's sums over ranks."""
