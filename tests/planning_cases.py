@@ -46,7 +46,8 @@ class Measured:
 
 
 def measure(config: Component, name: str, data: str, micro_batch: int | None) -> Measured:
-    """Take a real first step of a recipe on this rank, and a cycle of the last ones."""
+    """Take a real first step of a recipe on this rank, then the last ones: a cycle unmetered, so that every network
+    was called before, and one that is metered."""
     world = join()
     cycle = PHASED.get(name, 1)
     recipe = with_engine(recipe_on(name, data, *PLANNED.get(name, ())), config, micro_batch)
@@ -54,9 +55,9 @@ def measure(config: Component, name: str, data: str, micro_batch: int | None) ->
         training = assemble(recipe, world, cache=made_once(data))
         training.progress = train_step(training, next(training.stream)).progress
         held = building.readings().left_bytes
-    last = training.progress.total_steps - cycle
-    training.progress = replace(training.progress, step=last - last % cycle)
-    readings = [_step(training) for _ in range(cycle)]
+    late = training.progress.total_steps - 2 * cycle
+    training.progress = replace(training.progress, step=late - late % cycle)
+    _, readings = ([_step(training) for _ in range(cycle)] for _ in range(2))
     close(training)
     return Measured(
         held_bytes=held,

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 from cluster_jobs import (
@@ -25,6 +26,7 @@ LONE_STEPS = 300
 LONE = (f"train.steps={LONE_STEPS}", "checkpoint.every_steps=1000", "tracking.type=jsonl")
 LIMITS = 5
 EVERY_S = 0.5  # between looks that cost a process
+RANKS_LOOK_EVERY_S = 0.5  # at the request that Ray's ranks find in the run's folder
 ON_TWO_NODES = ("nodes=2", "ranks.minimum=2", "ranks.maximum=2", "placement=STRICT_SPREAD", "max_failures=9")
 AFTER_45_S, AFTER_60_S = (
     (f"time_limit='{minutes}'", f"save_before_limit_s={60 * minutes - seconds}")
@@ -119,6 +121,7 @@ def preempt(cluster, job, frozen):
         f"--nodelist={','.join(cluster.nodes(job.cluster_id))}", "--nodes=2",
     )  # fmt: skip
     wait_for(frozen.are_told_to_save, "no rank was told to save", PATIENCE_S, job)
+    time.sleep(RANKS_LOOK_EVERY_S)  # so that the next step boundary is one at which they look
 
 
 def lose_a_node(cluster, job, frozen):

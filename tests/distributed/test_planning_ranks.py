@@ -32,8 +32,6 @@ SEVERAL_ROLES: dict[str, tuple[EngineConfig, int | None, int]] = {
     "ZeRO-1": (DeepSpeedConfig(precision="fp32", zero_stage=1), None, 2),
     "ZeRO-2": (DeepSpeedConfig(precision="fp32", zero_stage=2), None, 2),
 }
-MISCOUNTED = {("distill/dmd2-smoke", case) for case in (IN_TWO, "HSDP")}
-"""What the teacher's outer parameters cost in one phase depends on the phase before: plans count 2% too little."""
 BUCKET_BYTES = 2 * ZERO_BUCKET_ELEMENTS
 """What DeepSpeed sets aside in half precision, whatever the network; far more than everything else here."""
 
@@ -63,7 +61,7 @@ def test_recipes_of_several_roles_are_predicted(
     config, micro_batch, ranks = SEVERAL_ROLES[case]
     data = prepare(name, demo_data)
     found, planned = compare(config, name, data, micro_batch, planner, ranks)
-    assert (found == pytest.approx(planned, rel=1e-9)) == ((name, case) not in MISCOUNTED)
+    assert found == pytest.approx(planned, rel=1e-9)
 
 
 def compare(

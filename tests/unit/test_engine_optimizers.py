@@ -75,6 +75,15 @@ def test_newton_schulz_lifts_what_is_out_of_reach_and_leaves_zero():
     assert (lifted[1] == 0).all(), "a gradient that is zero, as behind a zero-initialised layer, stays so"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("exponent", [-100, -60, -40, -20, 60, 100])
+def test_newton_schulz_knows_no_size(exponent, dtype):
+    """Behind zero-initialised layers gradients start near nothing; powers of them must neither vanish nor grow."""
+    matrices = torch.randn((3, 24, 16), generator=torch.Generator().manual_seed(2)).to(dtype)
+    scaled = newton_schulz(matrices * 2.0**exponent, steps=4)
+    torch.testing.assert_close(scaled, newton_schulz(matrices, steps=4), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("row", range(STEPS_AT_MOST))
 def test_the_quintics_are_minimax(row):
     """Chebyshev: the best quintic deviates from 1 by the same amount, with alternating sign, at four points."""

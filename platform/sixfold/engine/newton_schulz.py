@@ -49,7 +49,9 @@ def newton_schulz(matrices: Float[Tensor, "n rows columns"], *, steps: int) -> F
     """
     tall = matrices.size(-2) > matrices.size(-1)
     x = matrices.mT if tall else matrices
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    # By the largest entry first: the norm's squares, and eighth powers below, of small gradients would vanish.
+    x = x / x.abs().amax(dim=(-2, -1), keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1.0)  # at least 1, but of a matrix of zeros, which stays one
     for step, (a, b, c) in enumerate(_QUINTICS[-steps:]):
         gram = x @ x.mT
         square = gram @ gram

@@ -177,7 +177,7 @@ class _Cast:
         micro_batch, _ = self._micro_batches(phase)
         with StepMeter() as meter:
             with self._networks_in(phase) as networks:
-                terms = self._compute(networks, phase, micro_batch)
+                terms = self._compute(networks, phase, micro_batch, last=True)
             computed = meter.readings()
             for role in phase.trains:
                 self._finish(role, meter)
@@ -192,56 +192,57 @@ class _Cast:
         """Messages of all of a phase's micro-batches and its update, once every phase has been traced."""
         micro_batch, micro_batches = self._micro_batches(phase)
         cold = traced.computed.collectives
-        first, further = self._seen_again(phase, micro_batch, micro_batches) or (cold, cold)
-        repeated = {
-            collective: count * (micro_batches - 1)
-            for collective, count in further.items()
-            if collective.kind != "all_reduce"  # replicas of shards are summed after the last micro-batch alone
-        }
+        computed = self._computed_again(phase, micro_batch, micro_batches)
+        if not computed:
+            # Replicas of shards are summed after the last micro-batch alone.
+            unsummed = {collective: count for collective, count in cold.items() if collective.kind != "all_reduce"}
+            computed = [(micro_batches - 1, unsummed), (1, cold)]
         of_the_update = {
             collective: count - cold.get(collective, 0) for collective, count in traced.whole.collectives.items()
         }
         of_the_step = self._of_the_step(phase, traced.terms, micro_batches)
-        return add_up((1.0, part) for part in (first, repeated, of_the_update, of_the_step))
+        return add_up([*computed, (1, of_the_update), (1, of_the_step)])
 
-    def _seen_again(
+    def _computed_again(
         self, phase: Phase, samples: int, micro_batches: int
-    ) -> tuple[Mapping[Collective, float], Mapping[Collective, float]] | None:
-        """Messages of the first micro-batch of a later step, and of one after it; None where they are those of any.
+    ) -> Sequence[tuple[int, Mapping[Collective, float]]]:
+        """Messages of a later step's micro-batches, and how many are alike; none where they are those of any step.
 
         What FSDP gathered of a network for a call without backward stays: of a frozen one for good, of one that tracks
-        until its update, of one that another phase trains until this phase ends.
+        until its update, of one that another phase trains until this phase ends. All micro-batches but the first
+        prefetch some of the one before, too.
         """
         others = list(self.companions.values())
         if micro_batches > 1:
             others += [engine.network for role, engine in self.engines.items() if role not in phase.trains]
         if not any(isinstance(network, FSDPModule) for network in others):
-            return None
+            return []
         for role in names_of(self._objective, "tracking"):
             forget_gathered(self.companions[role])
-        seen: list[Mapping[Collective, float]] = []
-        with self._networks_in(phase) as networks:
-            for _ in range(min(2, micro_batches)):
+        kinds = {1: (1,), 2: (1, 1)}.get(micro_batches, (1, micro_batches - 2, 1))
+        seen: list[tuple[int, Mapping[Collective, float]]] = []
+        with self._networks_in(phase) as called:
+            for number, alike in enumerate(kinds, start=1):
                 with StepMeter() as meter:
-                    self._compute(networks, phase, samples)
-                seen.append(meter.readings().collectives)
+                    self._compute(called, phase, samples, last=number == len(kinds))
+                seen.append((alike, meter.readings().collectives))
         for role in phase.trains:
             self.engines[role].network.zero_grad()
-        return seen[0], seen[-1]
+        return seen
 
     def companion_bytes(self) -> int:
         """What the other roles keep on the rank."""
         values = (value for network in self.companions.values() for value in network.parameters())
         return sum(value.numel() * value.element_size() for value in local_tensors(list(values)))
 
-    def _compute(self, networks: Mapping[str, nn.Module], phase: Phase, samples: int) -> LossTerms:
-        """The last micro-batch, as the train loop takes it."""
+    def _compute(self, networks: Mapping[str, nn.Module], phase: Phase, samples: int, *, last: bool) -> LossTerms:
+        """One micro-batch, as the train loop takes it."""
         fields = batch_fields(self._recipe, self._networks, samples)
         batch = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in fields.items()}
         positions = torch.arange(samples)
         with ExitStack() as contexts:
             for role in phase.trains:
-                contexts.enter_context(self.engines[role].accumulate(last=True))
+                contexts.enter_context(self.engines[role].accumulate(last=last))
             random = PositionRandom(self._recipe.seed, positions)
             terms = self._objective(networks, Batch(batch, positions), phase, random)
             first, *others = (self.engines[role] for role in phase.trains)
