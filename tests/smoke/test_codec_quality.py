@@ -14,6 +14,7 @@ from sixfold_data.evaluation import read_split_arrays
 FEWEST_TIMES_FEWER = 4
 LEAST_PSNR_DB = 25.0
 LEAST_CODEBOOK_USE = 0.8
+SEEDS = (0, 1, 2)
 
 SMALL = (
     "networks.codec.image_size=16",
@@ -74,7 +75,7 @@ def test_an_adversary_sharpens_reconstructions(demo_data, tmp_path):
     images, labels = (torch.from_numpy(arrays[name]) for name in ("image", "label"))
     classifier = train_classifier(LabelledImages(images=images, labels=labels), seed=7)
     found = {}
-    for seed in (0, 1):
+    for seed in SEEDS:
         for name, overrides in {
             "with": (),
             "without": ("objective.adversarial=null", "networks.discriminator=null"),
@@ -83,5 +84,6 @@ def test_an_adversary_sharpens_reconstructions(demo_data, tmp_path):
             train("codec/kl-smoke", data, f"seed={seed}", *overrides, run=run, timeout_s=800)
             found[name, seed] = features_fd(run, classifier)
     print(found)
-    for seed in (0, 1):
-        assert found["with", seed] < 0.8 * found["without", seed]
+    ratios = [found["with", seed] / found["without", seed] for seed in SEEDS]
+    assert max(ratios) < 1.0, "each time, not on average alone"
+    assert sum(ratios) / len(ratios) < 0.97

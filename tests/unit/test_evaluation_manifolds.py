@@ -55,6 +55,21 @@ def test_manifold_counts_are_those_of_loops_over_sklearns_neighbours(neighbours)
     assert 0 < precision < 1 or 0 < recall < 1, "the case must tell the sets apart"
 
 
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_what_lies_on_a_ball_is_held_however_products_round(offset):
+    """Points of the set itself lie on the balls that reach to them; copies of a point make balls of no size."""
+    lattice = 0.1 * torch.cartesian_prod(*[torch.arange(8.0, dtype=torch.float64)] * 2)
+    points = torch.cat([lattice, lattice[:5], lattice[:5]]) + offset
+    exact = torch.linalg.vector_norm(points[:, None] - points[None], dim=-1)
+    for neighbours in (1, 2, 6):
+        radii = exact.kthvalue(neighbours + 1, dim=1).values
+        balls = balls_around(points, neighbours=neighbours, block=11)
+        torch.testing.assert_close(balls.radii, radii, rtol=1e-15, atol=0.0)
+        counts, holding = balls_holding(points, balls, block=11)
+        assert torch.equal(counts, (exact <= radii).sum(1))
+        assert torch.equal(holding, (exact <= radii).any(0))
+
+
 def test_fidelity_and_variety_are_told_apart():
     """Samples of one of two modes are precise and lack recall; samples of both and noise the other way round."""
     far = torch.tensor([20.0] + [0.0] * 3, dtype=torch.float64)

@@ -56,11 +56,24 @@ def test_the_empty_caption_has_features_of_its_own():
 
 
 def test_neighbours_are_merged():
-    merged = randomized(SMALL.model_copy(update={"merge": 3}))
-    single = randomized(SMALL)
+    """Without the convolution a token knows its bytes, not their order; other tokens know that they changed places."""
+    merged = SMALL.model_copy(update={"merge": 3, "stem": 1})
+    assert merged.text_tokens == 4
+    encoder = randomized(merged)
+    text, within, across = (encoder(captions(caption))[0] for caption in ("a red x", " ared x", "a erd x"))
+    torch.testing.assert_close(text, within)
+    assert ((text - across)[0, :3].abs().amax(-1) > 1e-6).all()
+
+
+@pytest.mark.parametrize("merge", [2, 3])
+def test_what_follows_the_end_changes_nothing_within_a_token(merge):
+    encoder = randomized(SMALL.model_copy(update={"merge": merge}))
     caption = captions("a red x")
-    torch.testing.assert_close(merged(caption)[0], single(caption)[0].unflatten(1, (4, 3)).mean(2))
-    assert SMALL.model_copy(update={"merge": 3}).text_tokens == 4
+    changed = caption.clone()
+    changed[0, 8:] = 7
+    for one, other in zip(encoder(caption), encoder(changed), strict=True):
+        torch.testing.assert_close(one, other)
+    assert not encoder(caption)[0][0, -(-8 // merge) :].any()
 
 
 def test_encoders_lose_their_captions_independently():

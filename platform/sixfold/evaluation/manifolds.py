@@ -30,26 +30,56 @@ def balls_around(points: Float[Tensor, "m d"], *, neighbours: int, block: int = 
     """Give every point the ball that reaches its ``neighbours``-th nearest other point; needs more points than that."""
     assert len(points) > neighbours, f"{neighbours} neighbours need more than {len(points)} points"
     centres = points.double()
-    # the nearest of all is the point itself, at distance 0
-    radii = [distances(rows, centres).kthvalue(neighbours + 1, dim=1).values for rows in torch.split(centres, block)]
+    candidates = min(neighbours + 1 + _SPARE_CANDIDATES, len(centres))
+    radii = []
+    for rows in torch.split(centres, block):
+        nearest = _squared_distances(rows, centres).topk(candidates, dim=1, largest=False).indices
+        row = torch.arange(len(rows), device=rows.device).repeat_interleave(candidates)
+        found = _distances(rows, row, centres, nearest.flatten()).view_as(nearest)
+        # the nearest of all is the point itself, at distance 0
+        radii.append(found.kthvalue(neighbours + 1, dim=1).values)
     return Balls(centres=centres, radii=torch.cat(radii))
 
 
 def balls_holding(
     points: Float[Tensor, "n d"], balls: Balls, *, block: int = 1024
 ) -> tuple[Int64[Tensor, " n"], Bool[Tensor, " m"]]:
-    """Return in how many balls each point lies, and which balls hold any point."""
+    """Return in how many balls each point lies, and which balls hold any point; a ball's surface belongs to it."""
     counts, holding = [], torch.zeros(len(balls.radii), dtype=torch.bool, device=points.device)
     for rows in torch.split(points.double(), block):
-        inside = distances(rows, balls.centres) <= balls.radii
+        beyond = _squared_distances(rows, balls.centres) - balls.radii.square()
+        inside = beyond <= 0.0
+        scale = rows.square().sum(1).amax() + balls.centres.square().sum(1).amax()
+        row, ball = (beyond.abs() <= _ROUNDING * scale).nonzero(as_tuple=True)
+        inside[row, ball] = _distances(rows, row, balls.centres, ball) <= balls.radii[ball]
         counts.append(inside.sum(1))
         holding |= inside.any(0)
     return torch.cat(counts), holding
 
 
-def distances(first: Float64[Tensor, "n d"], second: Float64[Tensor, "m d"]) -> Float64[Tensor, "n m"]:
-    """Euclidean distances of all pairs, by differences: equal points are exactly 0 apart."""
-    return torch.cdist(first, second, compute_mode="donot_use_mm_for_euclid_dist")
+_SPARE_CANDIDATES = 4
+"""Beyond those asked for: rounding may exchange neighbours that are equally far."""
+_ROUNDING = 1e-10
+"""Bound on the error of a squared distance by products, over the squared norms: a float64 keeps 16 digits."""
+
+
+def _squared_distances(first: Float64[Tensor, "n d"], second: Float64[Tensor, "m d"]) -> Float64[Tensor, "n m"]:
+    """Squared distances of all pairs, rounded: by one matrix product, in a tenth of the time that differences take."""
+    squares = first.square().sum(1, keepdim=True) + second.square().sum(1)
+    return torch.addmm(squares, first, second.T, alpha=-2.0)
+
+
+def _distances(
+    first: Float64[Tensor, "n d"],
+    of_first: Int64[Tensor, " p"],
+    second: Float64[Tensor, "m d"],
+    of_second: Int64[Tensor, " p"],
+    *,
+    block: int = 8192,
+) -> Float64[Tensor, " p"]:
+    """Distances of pairs that are named by their numbers, by differences: equal points are exactly 0 apart."""
+    pairs = zip(torch.split(of_first, block), torch.split(of_second, block), strict=True)
+    return torch.cat([torch.linalg.vector_norm(first[one] - second[other], dim=1) for one, other in pairs])
 
 
 class _ManifoldMetric:

@@ -34,7 +34,7 @@ class Stem(nn.Module):
 
 
 class EncoderBlock(nn.Module):
-    """x += attention(RMSNorm(x)); x += MLP(RMSNorm(x)); every byte of the caption sees every other."""
+    """x += attention(RMSNorm(x)); x += MLP(RMSNorm(x)); every token of the caption sees every other."""
 
     def __init__(self, config: ByteTextEncoderConfig) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class EncoderBlock(nn.Module):
     def forward(
         self, x: Float[Tensor, "n length width"], visible: Bool[Tensor, "n 1 1 length"]
     ) -> Float[Tensor, "n length width"]:
-        """Apply the block; ``visible`` tells the caption's bytes from padding."""
+        """Apply the block; ``visible`` tells the caption's tokens from padding."""
         seen = self.attention_norm(x)
         query, key, value = (
             projection(seen).unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -71,7 +71,7 @@ class ByteTextEncoder(Network):
         super().__init__()
         self.config = config
         self.bytes = parameter(VOCABULARY, config.width, tag=_EMBEDDED)
-        self.positions = parameter(config.length, config.width, tag=_EMBEDDED)
+        self.positions = parameter(config.text_tokens, config.width, tag=_EMBEDDED)
         self.stem = Stem(config) if config.stem > 1 else None
         self.layers = nn.ModuleList(EncoderBlock(config) for _ in range(config.depth))
         self.norm = RMSNorm(config.width, _EPSILON)
@@ -85,23 +85,23 @@ class ByteTextEncoder(Network):
         """
         ended = (caption == END_OF_TEXT).cumsum(dim=1)
         inside = (ended - (caption == END_OF_TEXT).long()) == 0
-        visible = inside[:, None, None, :]
         x = embedding(caption, self.bytes) * inside[:, :, None]
-        x = (x if self.stem is None else self.stem(x)) + self.positions
+        x = x if self.stem is None else self.stem(x) * inside[:, :, None]
+        x = x.unflatten(1, (-1, self.config.merge)).mean(dim=2) + self.positions
+        inside = inside.unflatten(1, (-1, self.config.merge)).any(dim=2)
         for block in self.layers:
-            x = block(x, visible)
+            x = block(x, inside[:, None, None, :])
         kept = self.norm(x) * inside[:, :, None]
-        pooled = kept.sum(dim=1) / inside.sum(dim=1, keepdim=True)
-        return kept.unflatten(1, (-1, self.config.merge)).mean(dim=2), pooled
+        return kept, kept.sum(dim=1) / inside.sum(dim=1, keepdim=True)
 
     def blocks(self) -> Iterator[nn.Module]:
         """The transformer blocks in order."""
         return iter(self.layers)
 
     def forward_flops(self, batch_fields: dict[str, tuple[int, ...]]) -> float:
-        """2 FLOPs a multiply-add: maps of bytes, and attention's two products."""
+        """2 FLOPs a multiply-add: the convolution of bytes, maps of tokens, and attention's two products."""
         config, width = self.config, self.config.width
-        n = next(iter(batch_fields.values()))[0]
+        n, tokens = next(iter(batch_fields.values()))[0], config.text_tokens
         token_maps = 4 * width * width + 2 * width * int(width * config.mlp_ratio)
-        stem = config.stem * width * width if config.stem > 1 else 0
-        return 2.0 * n * config.length * (config.depth * (token_maps + 2 * width * config.length) + stem)
+        stem = config.length * config.stem * width * width if config.stem > 1 else 0
+        return 2.0 * n * (config.depth * tokens * (token_maps + 2 * width * tokens) + stem)

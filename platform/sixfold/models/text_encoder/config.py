@@ -35,7 +35,7 @@ class TextEncoderSettings(NetworkSettings):
 
 
 class ByteTextEncoderConfig(TextEncoderSettings):
-    """Transformer over a caption's bytes, each of which sees all others; pooled by their mean.
+    """Transformer over a caption's bytes, or groups of them, each of which sees all others; pooled by their mean.
 
     Attention by absolute positions must learn each word at each place it stands; a short convolution learns it once.
     """
@@ -53,7 +53,9 @@ class ByteTextEncoderConfig(TextEncoderSettings):
         description="Neighbouring bytes that a convolution joins first, so that words are known wherever they stand; "
         "odd, 1: none.",
     )
-    merge: int = Field(default=1, ge=1, description="Neighbouring bytes whose outputs become one text token.")
+    merge: int = Field(
+        default=1, ge=1, description="Neighbouring bytes that are averaged into one text token, after the convolution."
+    )
     mlp_ratio: float = Field(default=4.0, gt=0, description="Hidden width of the MLP over `width`.")
 
     @property
