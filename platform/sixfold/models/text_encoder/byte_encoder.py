@@ -84,11 +84,11 @@ class ByteTextEncoder(Network):
         The first end-of-text token belongs to the caption, so that the empty one has a token, too.
         """
         ended = (caption == END_OF_TEXT).cumsum(dim=1)
-        inside = (ended - (caption == END_OF_TEXT).long()) == 0
+        inside: Tensor = (ended - (caption == END_OF_TEXT).long()) == 0
         x = embedding(caption, self.bytes) * inside[:, :, None]
         x = x if self.stem is None else self.stem(x) * inside[:, :, None]
         x = x.unflatten(1, (-1, self.config.merge)).mean(dim=2) + self.positions
-        inside = inside.unflatten(1, (-1, self.config.merge)).any(dim=2)
+        inside = inside.reshape(len(x), -1, self.config.merge).any(dim=2)
         for block in self.layers:
             x = block(x, inside[:, None, None, :])
         kept = self.norm(x) * inside[:, :, None]
