@@ -1,13 +1,16 @@
 """The table of runs by steps and guidance: what it counts, and what it writes."""
 
 import json
+import shutil
 
 import pytest
+import torch
+import yaml
 
 from latent_cases import train_run
 from sixfold.errors import UserError
 from sixfold.recipe.load import load_recipe
-from sixfold.train.tabulate import Way, table, tabulate, ways_of, write_table
+from sixfold.train.tabulate import Way, alike, table, tabulate, ways_of, write_table
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +48,34 @@ def test_every_way_is_measured_once_and_its_evaluations_are_counted(run, tmp_pat
 def test_more_samples_are_drawn_where_asked_for(run, tmp_path):
     (line,) = tabulate([Way(run=run, steps=1)], cache=tmp_path, samples=30, say=lambda text: None)
     assert line.estimates[0].samples == 30
+
+
+def test_what_a_sample_costs_is_counted_without_a_metric_of_samples(run, tmp_path):
+    unmeasured = tmp_path / "run"
+    shutil.copytree(run, unmeasured)
+    recipe = unmeasured / "recipe.yaml"
+    values = yaml.safe_load(recipe.read_text())
+    values["evaluation"]["metrics"] = (
+        [{"type": "loss"}] if isinstance(values["evaluation"]["metrics"][0], dict) else ["loss"]
+    )
+    recipe.write_text(yaml.safe_dump(values))
+    (line,) = tabulate([Way(run=unmeasured, steps=3)], cache=tmp_path, samples=None, say=lambda text: None)
+    assert (line.evaluations, line.estimates) == (3.0, [])
+    assert line.seconds_per_sample > 0
+
+
+def test_pictures_of_several_sizes_share_a_grid(tmp_path):
+    grey, coloured = -torch.ones(2, 1, 4, 4), torch.rand(3, 3, 8, 8)
+    small, large = alike([grey, coloured])
+    assert torch.equal(large, coloured)
+    assert torch.equal(small, -torch.ones(2, 3, 8, 8))
+    corner = alike([torch.arange(4.0).reshape(1, 1, 2, 2), coloured])[0]
+    assert torch.equal(corner[0, 0, :4, :4], torch.zeros(4, 4)), "pixels are repeated, not blended"
+
+
+def test_steps_that_are_no_numbers_are_named(run):
+    with pytest.raises(UserError, match="'x,1' are no numbers of steps"):
+        ways_of(f"{run}@x,1", lambda name: run, sampler=None, guidances=[])
 
 
 def test_a_run_that_samples_nothing_is_refused(demo_data, tmp_path):

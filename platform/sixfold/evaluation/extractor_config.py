@@ -45,6 +45,9 @@ class FeaturesConfig(Component):
     The implementation is called with the settings and the context in which extractors are built.
     """
 
+    resizes: ClassVar[bool] = True
+    """Whether images of any size and channels are made alike before they are looked at."""
+
     type: str
 
 
@@ -52,6 +55,7 @@ class ClassifierFeaturesConfig(FeaturesConfig):
     """A small classifier trained in seconds on the recipe's own training split."""
 
     implementation: ClassVar[str] = "sixfold.evaluation.extractors:classifier_features"
+    resizes: ClassVar[bool] = False
 
     type: Literal["classifier"] = Field(
         "classifier", description="A small classifier trained on the recipe's own labelled training split."
@@ -62,6 +66,7 @@ class PixelFeaturesConfig(FeaturesConfig):
     """The pixels themselves."""
 
     implementation: ClassVar[str] = "sixfold.evaluation.extractors:pixel_features"
+    resizes: ClassVar[bool] = False
 
     type: Literal["pixel"] = Field("pixel", description="The pixels themselves.")
 

@@ -167,12 +167,15 @@ def _networks_exist(checked: _Checked) -> Iterator[Fault]:
     for name, capability in used.items():
         network = recipe.networks.get(name)
         if network is None:
-            suggestion = nearest(name, list(recipe.networks)) or next(iter(recipe.networks))
+            setting = next((field for field, value in recipe.objective if value == name), "network")
+            field = type(recipe.objective).model_fields.get(setting)
+            optional = field is not None and type(None) in get_args(field.annotation)
+            suggestion = nearest(name, list(recipe.networks)) or ("null" if optional else next(iter(recipe.networks)))
             yield checked.fault(
                 f"objective {recipe.objective.type} needs a network {name!r}, which networks does not have",
                 at="networks",
                 allowed=", ".join(recipe.networks),
-                fix=f"name it networks.{name}, or set objective.network={suggestion}",
+                fix=f"name it networks.{name}, or set objective.{setting}={suggestion}",
             )
         elif network.type != "trained" and capability not in network.provides:
             able = _types_that_provide(capability)

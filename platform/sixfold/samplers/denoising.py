@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sixfold.distributed.randomness import PositionRandom
 from sixfold.errors import RecipeError, UserError
-from sixfold.models.trained.network import TrainedNetwork
+from sixfold.models.trained.network import TrainedNetwork, unlike
 from sixfold.objectives.conditioning.conditioning import Conditioning
 from sixfold.objectives.contract import Networks
 from sixfold.objectives.denoising.config import DenoisingConfig
@@ -167,14 +167,21 @@ class DenoisingSampler(ABC):
 
 
 def _guide_objective(objective: DenoisingConfig, networks_config: Mapping[str, Any]) -> DenoisingConfig | None:
-    """Return what the weaker network of autoguidance was trained for; it must have learnt the same path.
+    """Return what the weaker network of autoguidance was trained for; it must know the same images and path.
 
     Raises:
-        RecipeError: it was trained otherwise.
+        RecipeError: it knows others.
     """
     if objective.guide is None:
         return None
     network = networks_config[objective.guide]
+    for name, own, guiding in unlike(networks_config[objective.network], network):
+        raise RecipeError.of(
+            f"networks.{objective.guide}.{name} is {guiding}, that of networks.{objective.network} is {own}: it cannot "
+            "guide it",
+            where=f"networks.{objective.guide}",
+            fix="take a run that makes the same images from the same conditions, such as an earlier step",
+        )
     trained_for = network.objective if isinstance(network, TrainedNetwork) else objective
     if not isinstance(trained_for, DenoisingConfig) or trained_for.path != objective.path:
         raise RecipeError.of(

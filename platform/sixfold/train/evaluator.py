@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,15 +18,17 @@ from torch import Tensor
 from sixfold.distributed.collectives import broadcast_object, gather_objects, sum_over_ranks
 from sixfold.distributed.process_group import World
 from sixfold.distributed.randomness import PositionRandom
-from sixfold.errors import TrainingError
+from sixfold.errors import DataError, TrainingError
+from sixfold.evaluation.config import FeatureMetricConfig
 from sixfold.evaluation.contract import Drawn, Estimate, SampleMetric
 from sixfold.evaluation.features import LabelledImages, require_finite
 from sixfold.evaluation.references import References, Split
+from sixfold.models.trained.network import architecture_of
 from sixfold.objectives.contract import Batch, Networks, Objective, Sum, add_sums, means_of
 from sixfold.recipe.recipe import Recipe
 from sixfold.recipe.trained import resolve_networks
 from sixfold.samplers.contract import Sampler, SampleRequest
-from sixfold.train.samples import Samples, conditions_of, draw
+from sixfold.train.samples import Samples, conditions_of, conditions_read, draw
 from sixfold_data.config import DataConfig
 from sixfold_data.describe import DataInfo, describe
 from sixfold_data.evaluation import EvaluationReader, read_split_arrays
@@ -77,6 +80,15 @@ class Evaluator:
         self._cache = cache if self.config.cache is None else Path(self.config.cache).expanduser()
         self.drawing_s = 0.0
 
+    def prepare(self) -> None:
+        """Make what samples are compared with, so that what is wrong with it is known before training; a collective.
+
+        Raises:
+            DataError: the reference images are too few for a metric, or have features that are not finite.
+            UserError: an extractor cannot be loaded.
+        """
+        _ = self._metrics
+
     @torch.no_grad()
     def measure(self, objective: Objective, networks: Networks) -> list[Estimate]:
         """Return held-out measures and, where asked for, estimates from samples; equal on all ranks.
@@ -121,6 +133,9 @@ class Evaluator:
     @cached_property
     def _metrics(self) -> Sequence[SampleMetric]:
         """The metrics of samples, with what they compare samples with; made when first needed, by all ranks."""
+        compared = [metric for metric in self.config.sample_metrics if isinstance(metric, FeatureMetricConfig)]
+        if any(not self.config.features_of(metric).resizes for metric in compared):
+            self._images.require_alike()
         return [settings.load()(settings, self._references) for settings in self.config.sample_metrics]
 
     @cached_property
@@ -199,7 +214,7 @@ class ImagesOf:
     def __init__(self, recipe: Recipe, info: DataInfo, world: World, quarantine: Path | None = None) -> None:
         assert recipe.evaluation is not None
         self._config, self._world, self._info = recipe.evaluation, world, info
-        self._own = recipe.data
+        self._recipe, self._own = recipe, recipe.data
         self._quarantine = quarantine
 
     @cached_property
@@ -210,6 +225,21 @@ class ImagesOf:
     @cached_property
     def _reference_info(self) -> DataInfo:
         return self._info if self._config.reference is None else describe(self._data)
+
+    def require_alike(self) -> None:
+        """Raise DataError unless the reference images have the samples' size and channels."""
+        codec, theirs = self._recipe.objective.latents_of, self._reference_info
+        size, channels = self._info.image_size, self._info.channels
+        if codec is not None:
+            decoder: Any = architecture_of(resolve_networks(self._recipe)[codec])
+            size, channels = (decoder.image_size, decoder.image_size), decoder.channels
+        if theirs.latents is None and (theirs.image_size, theirs.channels) != (size, channels):
+            raise DataError.of(
+                f"reference images are {_shape(theirs.image_size, theirs.channels)}, samples are "
+                f"{_shape(size, channels)}, and these features take images as they are",
+                where="evaluation.reference",
+                fix="name a data set of the samples' size, or evaluation.features that resize (timm, transformers)",
+            )
 
     @property
     def fingerprint(self) -> str:
@@ -245,7 +275,8 @@ class ImagesOf:
         split = splits.train if self._config.conditions == "training" else splits.evaluation
         reader = EvaluationReader(self._own, split=split, batch=self._config.batch, limit=count)
         batches = list(reader) if self._info.classes or self._info.captioned else []
-        present = [name for name in CONDITIONS if batches and name in batches[0].fields]
+        read = conditions_read(self._recipe)
+        present = [name for name in CONDITIONS if batches and name in batches[0].fields and name in read]
         return {name: torch.cat([batch[name] for batch in batches]) for name in present}
 
     def drawn(self, images: Tensor, conditions: Mapping[str, Tensor]) -> Drawn:
@@ -258,3 +289,8 @@ class ImagesOf:
 
     def _name(self, split: Split) -> str:
         return self._data.splits.train if split == "training" else self._data.splits.evaluation
+
+
+def _shape(size: tuple[int, int] | None, channels: int | None) -> str:
+    sides = "of several sizes" if size is None else f"{size[0]}x{size[1]}"
+    return f"{sides} with {channels} channel{'' if channels == 1 else 's'}"

@@ -22,7 +22,7 @@ from sixfold.recipe.checks import check_recipe
 from sixfold.recipe.load import load_recipe
 from sixfold.recipe.recipe import Recipe
 from sixfold.recipe.trained import resolve_networks
-from sixfold.train.codec_identity import check_codec
+from sixfold.train.codec_identity import check_codec, check_teachers
 from sixfold.train.evaluator import Evaluator
 from sixfold.train.reconstruction import reconstruct_run
 from sixfold.train.roles import load_networks
@@ -72,6 +72,8 @@ def load_trained(run: Path, *, length: float | None = None, overrides: Sequence[
     info = describe(recipe.data)
     settings = with_cached_text(recipe, resolve_networks(recipe), info)
     check_codec(recipe, settings, info)
+    if overrides:  # they may name denoisers of other runs, such as a guide
+        check_teachers(recipe, settings)
     objective: Objective = recipe.objective.load()(recipe.objective, settings)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     averaged = recipe.train.ema is not None

@@ -14,8 +14,10 @@ from torch import Tensor
 from sixfold.errors import UserError
 from sixfold.evaluation.grid import to_picture, write_sample_grid
 from sixfold.models.text_encoder.config import CAPTION
+from sixfold.models.trained.network import architecture_of
 from sixfold.objectives.contract import Networks
 from sixfold.recipe.recipe import Recipe
+from sixfold.recipe.trained import resolve_networks
 from sixfold.samplers.config import AutoregressiveConfig, ReconstructionConfig
 from sixfold.samplers.contract import Sampler, SampleRequest
 from sixfold_data.describe import DataInfo
@@ -56,9 +58,20 @@ def conditions_of(
             ", ".join(f"{number} {name}" for number, name in enumerate(info.classes)) or "none: there are no classes"
         )
         raise UserError.of(f"there is no class {label}", where="--label", allowed=names, fix="choose one of these")
-    if not info.classes:
+    if "label" not in conditions_read(recipe):
+        if label is not None:
+            raise UserError.of(
+                "--class names a class, and this run's network is told none", where=recipe.name, fix="leave it out"
+            )
         return {}
     return {"label": torch.arange(count) % len(info.classes) if label is None else torch.full((count,), label)}
+
+
+def conditions_read(recipe: Recipe) -> frozenset[str]:
+    """The fields of a batch that the sampled network is told: labels, captions or none, whatever else the data have."""
+    network = architecture_of(resolve_networks(recipe)[next(iter(recipe.objective.trains.values()))])
+    captions = {CAPTION} if "text_encoder" in recipe.objective.needs.values() else set()
+    return frozenset({*getattr(network, "null_values", ()), *captions})
 
 
 def _captions(recipe: Recipe, info: DataInfo, count: int, prompt: str | None) -> Tensor:

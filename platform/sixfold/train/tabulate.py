@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
 from sixfold.distributed.process_group import World
 from sixfold.errors import UserError
@@ -17,6 +19,7 @@ from sixfold.evaluation.grid import sample_grid
 from sixfold.evaluation.report import spelled
 from sixfold.objectives.contract import Networks
 from sixfold.recipe.recipe import Recipe
+from sixfold.recipe.trained import RUN
 from sixfold.train.evaluator import Evaluator
 from sixfold.train.inference import Trained, load_trained
 from sixfold.train.sampling import SampleOptions, adjusted
@@ -106,11 +109,17 @@ def write_table(lines: Sequence[Line], folder: Path) -> list[Path]:
     written[1].write_text(json.dumps([as_record(line) for line in lines], indent=2) + "\n")
     shown = [line for line in lines if line.images is not None]
     if shown:
-        images = torch.cat([line.images[:_COLUMNS] for line in shown if line.images is not None])
+        images = torch.cat(alike([line.images[:_COLUMNS] for line in shown if line.images is not None]))
         captions = [text for line in shown for text in [line.label(), *[""] * (_COLUMNS - 1)]]
         written.append(folder / "samples.png")
         sample_grid(images, captions if len(captions) == len(images) else None, columns=_COLUMNS).save(written[-1])
     return written
+
+
+def alike(images: Sequence[Float[Tensor, "_ _ _ _"]]) -> list[Float[Tensor, "_ channels height width"]]:
+    """Give all pictures the size of the largest, by repeating pixels, and as many channels as the one that has most."""
+    channels, height, width = (max(part.shape[dim] for part in images) for dim in (1, 2, 3))
+    return [interpolate(part.expand(-1, channels, -1, -1), size=(height, width), mode="nearest") for part in images]
 
 
 def table(lines: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
@@ -139,10 +148,12 @@ def _line(trained: Trained, recipe: Recipe, cache: Path) -> Line:
     shown = evaluator.samples_to_show(trained.networks)  # first, since whatever is drawn first takes longer
     before = evaluator.drawing_s
     estimates = evaluator.sample_estimates(counting.networks)
+    count = max((estimate.samples for estimate in estimates), default=evaluator.config.show_samples)
+    if not estimates:  # no metric draws samples; what one costs is to be known all the same
+        evaluator.samples_to_show(counting.networks)
     seconds = evaluator.drawing_s - before
     sampling, guidance = recipe.sampling, getattr(recipe.sampling, "guidance", None)
     assert sampling is not None
-    count = max((estimate.samples for estimate in estimates), default=1)
     return Line(
         name=recipe.name,
         sampler=sampling.type,
@@ -185,10 +196,16 @@ def ways_of(reference: str, find: Callable[[str], Path], *, sampler: str | None,
     """Read ``RUN`` or ``RUN@1,2,4`` (numbers of steps), once for each guidance.
 
     Raises:
-        UserError: there is no such run.
+        UserError: there is no such run, or what follows its @ are no numbers of steps.
     """
     name, _, numbers = reference.rpartition("@")
     told = bool(name) and all(part.isdecimal() and int(part) > 0 for part in numbers.split(","))
+    if name and not told and not name.startswith(RUN) and Path(name).exists():
+        raise UserError.of(
+            f"{numbers!r} are no numbers of steps",
+            where=reference,
+            allowed="positive numbers, with commas between them",
+        )
     steps: list[int | None] = [int(part) for part in numbers.split(",")] if told else [None]
     base = Way(run=find(name if told else reference), sampler=sampler)
     return [replace(base, steps=count, guidance=scale) for count in steps for scale in (guidances or (None,))]

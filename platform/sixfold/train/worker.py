@@ -222,6 +222,8 @@ class Job:
         if recipe.evaluation is None:
             return [log, checkpoint], checkpoint
         evaluator = Evaluator(recipe, world, self.folder.features, self.folder.quarantine)
+        if self.training.progress.step < recipe.train.steps:
+            evaluator.prepare()
         evaluate = Evaluate(evaluator=evaluator, log=log, folder=self.folder.samples)
         return [evaluate, log, checkpoint], checkpoint
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sixfold.config.base import Component
 from sixfold.models.settings import NetworkSettings
@@ -35,6 +36,17 @@ class TrainedNetwork:
 
 NetworksConfig = Mapping[str, NetworkSettings | TrainedNetwork]
 """What objectives and samplers get: by name in the recipe, a network's settings or whose weights it takes."""
+
+
+def unlike(
+    one: NetworkSettings | TrainedNetwork, other: NetworkSettings | TrainedNetwork
+) -> list[tuple[str, Any, Any]]:
+    """Return what keeps two denoisers from making the same images from the same conditions: setting, its two values."""
+    pairs = [
+        (name, getattr(architecture_of(one), name, None), getattr(architecture_of(other), name, None))
+        for name in ("image_size", "channels", "classes", "text_width", "pooled_width")
+    ]
+    return [(name, own, theirs) for name, own, theirs in pairs if own != theirs]
 
 
 def architecture_of(network: NetworkSettings | TrainedNetwork) -> NetworkSettings:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sixfold.distributed.randomness import PositionRandom
 from sixfold.errors import RecipeError
-from sixfold.models.trained.network import TrainedNetwork, architecture_of
+from sixfold.models.trained.network import TrainedNetwork, architecture_of, unlike
 from sixfold.objectives.conditioning.conditioning import Conditioning
 from sixfold.objectives.contract import Batch, LossTerms, Networks, Phase, Progress, Role, Sum
 from sixfold.objectives.denoising.objective import denoiser_config
@@ -233,12 +233,9 @@ def _start(config: FewStepSettings, networks_config: Mapping[str, Any]) -> str |
 def _check_teacher(config: FewStepSettings, networks_config: Mapping[str, Any]) -> None:
     """Raise RecipeError unless teacher and student make the same images from the same conditions."""
     assert config.teacher is not None
-    student, teacher = (architecture_of(networks_config[name]) for name in (config.network, config.teacher))
-    for name in ("image_size", "channels", "classes", "text_width"):
-        own, taught = getattr(student, name, None), getattr(teacher, name, None)
-        if own != taught:
-            raise RecipeError.of(
-                f"networks.{config.network}.{name} is {own}, the teacher's is {taught}: it cannot teach this student",
-                where=f"networks.{config.teacher}",
-                fix=f"give the student {name}={taught}, or take another teacher",
-            )
+    for name, own, taught in unlike(networks_config[config.network], networks_config[config.teacher]):
+        raise RecipeError.of(
+            f"networks.{config.network}.{name} is {own}, the teacher's is {taught}: it cannot teach this student",
+            where=f"networks.{config.teacher}",
+            fix=f"give the student {name}={taught}, or take another teacher",
+        )
