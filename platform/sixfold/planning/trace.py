@@ -173,7 +173,7 @@ class _Cast:
         self.shapes = {role: self._shapes(role) for role in self.engines}
 
     def trace(self, phase: Phase) -> _Traced:
-        """Run a phase's last micro-batch, and its update as far as that sends messages."""
+        """Run a phase's last micro-batch, and its update as far as that is more than a pass."""
         micro_batch, _ = self._micro_batches(phase)
         with StepMeter() as meter:
             with self._networks_in(phase) as networks:
@@ -184,7 +184,7 @@ class _Cast:
         return _Traced(terms=terms, computed=computed, whole=meter.readings())
 
     def flops(self, phase: Phase, traced: _Traced) -> float:
-        """Floating-point operations of all of a phase's micro-batches."""
+        """Floating-point operations of all of a phase's micro-batches and its update."""
         _, micro_batches = self._micro_batches(phase)
         return traced.whole.flops + traced.computed.flops * (micro_batches - 1)
 
@@ -265,10 +265,12 @@ class _Cast:
             yield {**trained, **untrained, **self.companions}
 
     def _finish(self, role: str, meter: StepMeter) -> None:
-        """Update a role where its update sends messages, and forget its gradients."""
+        """Update a role where its update is more than a pass over what it holds, and forget its gradients."""
         engine = self.engines[role]
         meter.keep(local_tensors([value.grad for value in engine.network.parameters() if value.grad is not None]))
-        if isinstance(engine, FSDPEngine) and isinstance(self._recipe.optimizer_of(role), MuonConfig):
+        if isinstance(engine, Replica):
+            engine.update()
+        elif isinstance(self._recipe.optimizer_of(role), MuonConfig):
             engine.apply_update(1.0, 1.0)
         engine.network.zero_grad()
 
@@ -310,7 +312,7 @@ class _Cast:
     def _engine(self, role: str) -> FSDPEngine | Replica:
         specification = self._specification(role, role)
         if not isinstance(specification.engine, FSDPConfig):
-            return Replica(specification)
+            return Replica(specification, self._recipe.optimizer_of(role))
         return FSDPEngine(
             RoleSpecification(
                 **vars(specification),
