@@ -42,8 +42,8 @@ def unlike(
     one: NetworkSettings | TrainedNetwork, other: NetworkSettings | TrainedNetwork
 ) -> list[tuple[str, Any, Any]]:
     """Return what keeps two denoisers from making the same images from the same conditions: setting, its two values."""
-    pairs = [
-        (name, getattr(architecture_of(one), name, None), getattr(architecture_of(other), name, None))
+    pairs = [  # no classes, or no text, is what a network without the setting has
+        (name, getattr(architecture_of(one), name, 0), getattr(architecture_of(other), name, 0))
         for name in ("image_size", "channels", "classes", "text_width", "pooled_width")
     ]
     return [(name, own, theirs) for name, own, theirs in pairs if own != theirs]
