@@ -19,6 +19,5 @@ def test_the_peak_of_a_step_is_within_what_its_roles_need_alone(name, overrides,
     assert found.ratio <= LARGEST_RATIO
     teacher, student = found.needs["teacher"], found.needs["denoiser"]
     assert student.computing_bytes > student.held_bytes
-    assert (
-        teacher.held_bytes <= student.held_bytes / 3
-    )  # parameters alone, where the student has momentum and an average
+    # Parameters alone, where the student has momentum and an average, too.
+    assert teacher.held_bytes <= student.held_bytes / 3

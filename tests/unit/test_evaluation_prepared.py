@@ -32,7 +32,7 @@ def test_a_run_that_could_not_be_measured_does_not_train(demo_data, tmp_path):
     )
     words = ("run", "flow/dit-smoke", f"data.path={demo_data / 'digits'}", *SMALL, "train.steps=4", *overrides)
     ended = sixfold(*words, "--run-dir", str(tmp_path / "run"), folder=tmp_path)
-    said = "".join(part or "" for part in ended.communicate(timeout=200))
+    said, _ = ended.communicate(timeout=200)
     assert ended.returncode == 2, said
     assert "reference images are 16x16 with 3 channels, samples are 8x8 with 1 channel" in said
     events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
@@ -41,11 +41,20 @@ def test_a_run_that_could_not_be_measured_does_not_train(demo_data, tmp_path):
 
 
 @pytest.mark.parametrize("metric", ["fd", "precision_recall"])
-def test_too_few_references_are_known_beforehand(demo_data, tmp_path, metric):
+def test_references_of_another_size_are_known_beforehand(demo_data, tmp_path, metric):
     settings = (f"metrics=[{metric}]", "features=pixel", f"reference={demo_data / 'scenes'}")
     with pytest.raises(DataError, match="reference images are 16x16 with 3 channels"):
         evaluator_with(demo_data, tmp_path, *settings).prepare()
     evaluator_with(demo_data, tmp_path, f"metrics=[{metric}]", "features=pixel").prepare()
+
+
+def test_too_few_references_are_known_beforehand(demo_data, tmp_path):
+    own = [f"data.path={demo_data / 'scenes'}", "networks.denoiser.image_size=16", "networks.denoiser.channels=3"]
+    unconditional = ("networks.denoiser.classes=0", "objective.label_drop=0")
+    recipe = recipe_with(demo_data, *own, *unconditional, "evaluation={metrics: [fd], features: pixel, resamples: 0}")
+    evaluator = Evaluator(recipe, World(device=torch.device("cpu")), tmp_path)
+    with pytest.raises(DataError, match="too few for the covariance of 768 pixel features"):
+        evaluator.prepare()
 
 
 def test_a_network_without_classes_is_shown_and_measured_on_labelled_data(demo_data, tmp_path):

@@ -1,28 +1,34 @@
 """The table of runs by steps and guidance: what it counts, and what it writes."""
 
 import json
-import shutil
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
-import yaml
+from PIL import Image
 
 from latent_cases import train_run
 from sixfold.errors import UserError
 from sixfold.recipe.load import load_recipe
-from sixfold.train.tabulate import Way, alike, table, tabulate, ways_of, write_table
+from sixfold.train.tabulate import Way, table, tabulate, ways_of, write_table
 
 
-@pytest.fixture(scope="module")
-def run(demo_data, tmp_path_factory):
+def trained(demo_data, folder, evaluation):
     settings = [
         f"data.path={demo_data / 'digits'}",
         "data.global_batch=8",
         "networks.denoiser.depth=1",
         "tracking={type: jsonl}",
-        "evaluation={metrics: [nearest_neighbour], samples: 24, show_samples: 12, resamples: 0}",
+        f"evaluation={evaluation}",
     ]
-    return train_run(load_recipe("flow/dit-smoke", settings).recipe, tmp_path_factory.mktemp("run") / "dit", steps=1)
+    return train_run(load_recipe("flow/dit-smoke", settings).recipe, folder, steps=1)
+
+
+@pytest.fixture(scope="module")
+def run(demo_data, tmp_path_factory):
+    evaluation = "{metrics: [nearest_neighbour], samples: 24, show_samples: 12, resamples: 0}"
+    return trained(demo_data, tmp_path_factory.mktemp("run") / "dit", evaluation)
 
 
 def test_every_way_is_measured_once_and_its_evaluations_are_counted(run, tmp_path):
@@ -50,27 +56,26 @@ def test_more_samples_are_drawn_where_asked_for(run, tmp_path):
     assert line.estimates[0].samples == 30
 
 
-def test_what_a_sample_costs_is_counted_without_a_metric_of_samples(run, tmp_path):
-    unmeasured = tmp_path / "run"
-    shutil.copytree(run, unmeasured)
-    recipe = unmeasured / "recipe.yaml"
-    values = yaml.safe_load(recipe.read_text())
-    values["evaluation"]["metrics"] = (
-        [{"type": "loss"}] if isinstance(values["evaluation"]["metrics"][0], dict) else ["loss"]
-    )
-    recipe.write_text(yaml.safe_dump(values))
+def test_what_a_sample_costs_is_counted_without_a_metric_of_samples(demo_data, tmp_path):
+    unmeasured = trained(demo_data, tmp_path / "run", "{metrics: [loss], show_samples: 12}")
     (line,) = tabulate([Way(run=unmeasured, steps=3)], cache=tmp_path, samples=None, say=lambda text: None)
     assert (line.evaluations, line.estimates) == (3.0, [])
     assert line.seconds_per_sample > 0
 
 
-def test_pictures_of_several_sizes_share_a_grid(tmp_path):
-    grey, coloured = -torch.ones(2, 1, 4, 4), torch.rand(3, 3, 8, 8)
-    small, large = alike([grey, coloured])
-    assert torch.equal(large, coloured)
-    assert torch.equal(small, -torch.ones(2, 3, 8, 8))
-    corner = alike([torch.arange(4.0).reshape(1, 1, 2, 2), coloured])[0]
-    assert torch.equal(corner[0, 0, :4, :4], torch.zeros(4, 4)), "pixels are repeated, not blended"
+def test_pictures_of_several_sizes_share_a_grid(run, tmp_path):
+    grey, coloured = -torch.ones(2, 1, 32, 32), torch.ones(3, 3, 64, 64)
+    grey[:, :, :16] = 0.0
+    (line,) = tabulate([Way(run=run, steps=1)], cache=tmp_path, samples=2, say=lambda text: None)
+    *_, path = write_table([replace(line, images=images) for images in (grey, coloured)], tmp_path / "table")
+    with Image.open(path) as sheet:
+        pixels = np.asarray(sheet.convert("RGB"))
+    tiles = [pixels[4:68, left : left + 64] for left in range(4, 5 * 68, 68)]
+    for tile in tiles[:2]:
+        assert (tile[:32] == 128).all()
+        assert (tile[32:] == 0).all(), "pixels are repeated, not blended"
+    for tile in tiles[2:]:
+        assert (tile == 255).all()
 
 
 def test_steps_that_are_no_numbers_are_named(run):

@@ -25,10 +25,17 @@ def to_picture(image: Float[Tensor, "channels height width"]) -> Image.Image:
 
 
 def sample_grid(
-    images: Float[Tensor, "n channels height width"], captions: Sequence[str] | None = None, *, columns: int = 10
+    images: Float[Tensor, "n channels height width"] | Sequence[Float[Tensor, "_ _ _"]],
+    captions: Sequence[str] | None = None,
+    *,
+    columns: int = 10,
 ) -> Image.Image:
-    """Lay images out in rows of ``columns``, small ones enlarged without smoothing, each over its caption."""
-    count, _, height, width = images.shape
+    """Lay images out in rows of ``columns``, small ones enlarged without smoothing, each over its caption.
+
+    Images of several sizes get tiles of the largest one's shape.
+    """
+    count = len(images)
+    height, width = (max(image.shape[dim] for image in images) for dim in (-2, -1))
     columns = max(1, min(columns, count))
     enlarge = max(1, -(-_SMALLEST_TILE_PIXELS // max(height, width)))
     tile_width, tile_height = width * enlarge, height * enlarge

@@ -15,6 +15,7 @@ from torch import Tensor
 from sixfold.evaluation.bootstrap import margin_of, resample_weights
 from sixfold.evaluation.config import CMMDConfig, KernelInceptionConfig
 from sixfold.evaluation.contract import Drawn, Estimate
+from sixfold.evaluation.pairs import squared_distances
 from sixfold.evaluation.references import References
 
 Kernel = Callable[[Float64[Tensor, "n d"], Float64[Tensor, "m d"]], Float64[Tensor, "n m"]]
@@ -32,8 +33,7 @@ def gaussian_kernel(bandwidth: float) -> Kernel:
     """exp(-|x - y|^2 / (2 sigma^2)), CMMD's kernel with sigma 10."""
 
     def kernel(first: Float64[Tensor, "n d"], second: Float64[Tensor, "m d"]) -> Float64[Tensor, "n m"]:
-        squares = first.square().sum(1)[:, None] + second.square().sum(1)[None, :] - 2.0 * first @ second.T
-        return torch.exp(-squares.clamp(min=0.0) / (2.0 * bandwidth**2))
+        return torch.exp(-squared_distances(first, second).clamp(min=0.0) / (2.0 * bandwidth**2))
 
     return kernel
 

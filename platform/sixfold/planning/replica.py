@@ -33,9 +33,10 @@ class Replica:
             value.register_post_accumulate_grad_hook(_exchange)  # type: ignore[no-untyped-call]  # torch's
         self._muon: Muon | None = None
         if isinstance(optimizer, MuonConfig):
-            named = {name: value for name, value in network.named_parameters() if tags[name].matrix}
             masters = {
-                name: nn.Parameter(torch.empty_like(value, dtype=torch.float32)) for name, value in named.items()
+                name: nn.Parameter(torch.empty_like(value, dtype=torch.float32))
+                for name, value in network.named_parameters()
+                if tags[name].matrix
             }
             for value in masters.values():
                 value.grad = torch.empty_like(value)  # it lies in a bucket or partition, whatever happens

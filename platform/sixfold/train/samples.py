@@ -64,6 +64,8 @@ def conditions_of(
                 "--class names a class, and this run's network is told none", where=recipe.name, fix="leave it out"
             )
         return {}
+    if not info.classes:
+        return {}
     return {"label": torch.arange(count) % len(info.classes) if label is None else torch.full((count,), label)}
 
 

@@ -7,10 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import interpolate
 
 from sixfold.distributed.process_group import World
 from sixfold.errors import UserError
@@ -109,17 +106,11 @@ def write_table(lines: Sequence[Line], folder: Path) -> list[Path]:
     written[1].write_text(json.dumps([as_record(line) for line in lines], indent=2) + "\n")
     shown = [line for line in lines if line.images is not None]
     if shown:
-        images = torch.cat(alike([line.images[:_COLUMNS] for line in shown if line.images is not None]))
+        images = [image for line in shown if line.images is not None for image in line.images[:_COLUMNS]]
         captions = [text for line in shown for text in [line.label(), *[""] * (_COLUMNS - 1)]]
         written.append(folder / "samples.png")
         sample_grid(images, captions if len(captions) == len(images) else None, columns=_COLUMNS).save(written[-1])
     return written
-
-
-def alike(images: Sequence[Float[Tensor, "_ _ _ _"]]) -> list[Float[Tensor, "_ channels height width"]]:
-    """Give all pictures the size of the largest, by repeating pixels, and as many channels as the one that has most."""
-    channels, height, width = (max(part.shape[dim] for part in images) for dim in (1, 2, 3))
-    return [interpolate(part.expand(-1, channels, -1, -1), size=(height, width), mode="nearest") for part in images]
 
 
 def table(lines: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
