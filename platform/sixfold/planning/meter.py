@@ -18,6 +18,7 @@ from typing import Any, Literal, Self, get_args
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]  # no public way
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -139,6 +140,8 @@ class StepMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run the operation and note what it did."""
+        if func is torch.ops.prim.device.default:
+            return func(*args)  # most of what autograd asks of fake tensors, and nothing is computed
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # it splits into operations on shards, which come here one by one
         kwargs = kwargs or {}
@@ -241,7 +244,11 @@ def _bytes(tensor: Tensor) -> int:
 
 def _tensors(values: Any) -> list[Tensor]:
     """Tensors that have memory, or pretend to: fake ones do, bare meta ones do not."""
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor) and leaf.device.type != "meta"]
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, FakeTensor) or _has_memory(leaf)]
+
+
+def _has_memory(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.device.type != "meta"
 
 
 def _attention_forward(query: Tensor, key: Tensor, value: Tensor, *unused: Any, **ignored: Any) -> int:

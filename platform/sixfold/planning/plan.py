@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,11 +13,12 @@ from sixfold.engine.config import DDPConfig, DeepSpeedConfig, EngineConfig, FSDP
 from sixfold.planning.devices import Device
 from sixfold.planning.estimate import Assumptions, Estimate, estimate
 from sixfold.planning.meter import bytes_by_kind
-from sixfold.planning.search import candidates, rescaled, with_engine
-from sixfold.planning.trace import StepTrace, trace_step
+from sixfold.planning.search import candidates, is_accepted, rescaled, with_engine
+from sixfold.planning.trace import StepTrace, micro_batch_of, trace_step
 from sixfold.recipe.recipe import Recipe
 
 CHECKPOINTING = ("none", "selective", "full")
+"""Modes of activation checkpointing; each recomputes more than the one before."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +81,7 @@ class Plan:
 
 
 class Planner:
-    """Plans one recipe on one cluster; a step is traced once a mode of checkpointing and kind of engine.
+    """Plans one recipe on one cluster.
 
     Args:
         recipe: what is to train.
@@ -90,7 +93,7 @@ class Planner:
         self.cluster = cluster
         self.assumptions = assumptions or Assumptions()
         self.recipe = self._with_precision(recipe)
-        self._traces: dict[str, StepTrace] = {}
+        self._traces: dict[str, dict[str, StepTrace]] = {}
 
     def plan(self) -> Plan:
         """Plan the recipe as it is.
@@ -101,14 +104,31 @@ class Planner:
         return self._plan(self.recipe, self._trace(self.recipe))
 
     def cheapest(self) -> Plan | None:
-        """The fastest setting that fits (of equal devices the fastest is the cheapest), or None."""
-        best: tuple[Recipe, Plan] | None = None
+        """The fastest setting that fits (of equal devices the fastest is the cheapest), or None.
+
+        Settings are compared on paper, and the winner is traced as it would run.
+        """
+        underestimated = 1.0
+        for on_paper in self._fitting_on_paper():
+            if on_paper.peak_bytes * underestimated <= self.cluster.device.usable_bytes:
+                recipe = with_engine(self.recipe, on_paper.engine)
+                traced = self._plan(recipe, self._trace(recipe))
+                if traced.fits:
+                    return traced
+                underestimated = traced.peak_bytes / on_paper.peak_bytes
+        return None
+
+    def _fitting_on_paper(self) -> Iterator[Plan]:
+        """Every setting that fits on paper, the fastest first; modes of checkpointing are traced as they are needed."""
+        waiting: list[Plan] = []
         for mode in CHECKPOINTING:
-            for base in self._bases(mode):
-                for recipe, plan in self._variants(base):
-                    if plan.fits and (best is None or plan.estimate.step_s < best[1].estimate.step_s):
-                        best = (recipe, plan)
-        return None if best is None else best[1]
+            plans = [plan for base in self._bases(mode) for plan in self._variants(base)]
+            waiting += [plan for plan in plans if plan.fits]
+            waiting.sort(key=_step_s)
+            # Recomputing more takes longer: no later mode is faster than the fastest of this one.
+            while waiting and waiting[0].estimate.step_s <= min(map(_step_s, plans)):
+                yield waiting.pop(0)
+        yield from waiting
 
     def _bases(self, mode: str) -> list[Recipe]:
         """The recipe with a mode of checkpointing; where replicas do not fit, sharded instead."""
@@ -119,7 +139,7 @@ class Planner:
             bases.append(with_engine(self.recipe, FSDPConfig(**shared, activation_checkpointing=mode)))  # type: ignore[arg-type]  # one of its literals
         return bases
 
-    def _variants(self, base: Recipe) -> list[tuple[Recipe, Plan]]:
+    def _variants(self, base: Recipe) -> list[Plan]:
         cluster, trace = self.cluster, self._trace(base)
         found = []
         for engine in candidates(
@@ -129,20 +149,20 @@ class Planner:
             rank_batch=base.data.global_batch // cluster.ranks,
         ):
             changed = with_engine(base, engine)
-            on_paper = rescaled(trace, base, engine, ranks=cluster.ranks, device=cluster.torch_device)
-            found.append((changed, self._plan(changed, on_paper)))
+            if is_accepted(changed, cluster.ranks):
+                on_paper = rescaled(trace, base, engine, ranks=cluster.ranks, device=cluster.torch_device)
+                found.append(self._plan(changed, on_paper))
         return found
 
     def _plan(self, recipe: Recipe, trace: StepTrace) -> Plan:
         memory = memory_of(trace)
-        unchecked = with_engine(self.recipe, _checkpointing(recipe.engine, "none"))
         return Plan(
             engine=recipe.engine,
             trace=trace,
             memory=memory,
             estimate=estimate(
                 flops=trace.flops,
-                model_flops=self._trace(unchecked).flops,
+                model_flops=self._model_flops,
                 collectives=trace.collectives,
                 held=trace.held,
                 steps=recipe.train.steps,
@@ -154,13 +174,32 @@ class Planner:
             fits=sum(memory.values()) <= self.cluster.device.usable_bytes,
         )
 
+    @cached_property
+    def _model_flops(self) -> float:
+        """What a step computes without recomputation, however it is sharded."""
+        return self._trace(with_engine(self.recipe, _checkpointing(self.recipe.engine, "none"))).flops
+
     def _trace(self, recipe: Recipe) -> StepTrace:
-        """The step's trace; the one without checkpointing serves every micro-batch and sharding."""
-        mode = recipe.engine.activation_checkpointing
-        key = f"{recipe.engine.type}/{mode}"
-        if key not in self._traces:
-            self._traces[key] = trace_step(recipe, self.cluster.ranks, device=self.cluster.torch_device)
-        return self._traces[key]
+        """The step's trace; recomputation lies between the hooks that send, so that all modes of it share messages."""
+        ranks = self.cluster.ranks
+        engines = {role: recipe.engine_of(role) for role in recipe.objective.trains}
+        alike = {
+            role: _checkpointing(engine, "none").model_copy(
+                update={"micro_batch": micro_batch_of(recipe, (role,), ranks)}
+            )
+            for role, engine in engines.items()
+        }
+        traces = self._traces.setdefault(repr(alike), {})
+        modes = repr({role: engine.activation_checkpointing for role, engine in engines.items()})
+        if modes not in traces:
+            earlier = next(iter(traces.values()), None)
+            traces[modes] = trace_step(
+                recipe,
+                ranks,
+                device=self.cluster.torch_device,
+                collectives=None if earlier is None else earlier.collectives,
+            )
+        return traces[modes]
 
     def _with_precision(self, recipe: Recipe) -> Recipe:
         """Resolve ``auto`` as the planned device would."""
@@ -176,6 +215,10 @@ class Planner:
         return engine.model_copy(
             update={"precision": self.cluster.device.precision if engine.precision == "auto" else engine.precision}
         )
+
+
+def _step_s(plan: Plan) -> float:
+    return plan.estimate.step_s
 
 
 def memory_of(trace: StepTrace) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """The cheapest setting that fits: sharding, micro-batch, activation checkpointing and offload, tried on paper.
 
-One trace a mode of checkpointing is enough: activations grow with the micro-batch, gathered blocks do not depend on how
-many ranks share them, and what is kept and sent between steps follows from shapes.
+One trace a mode of checkpointing is enough to compare: activations grow with the micro-batch, gathered blocks do not
+depend on how many ranks share them, and what is kept and sent between steps follows from shapes.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ from dataclasses import replace
 import torch
 
 from sixfold.engine.config import DDPConfig, DeepSpeedConfig, EngineConfig, FSDPConfig
+from sixfold.errors import RecipeError
 from sixfold.planning.meter import Collective, Use
 from sixfold.planning.partition import sent_by_replica
 from sixfold.planning.trace import StepTrace, add_up, held_by_roles
+from sixfold.recipe.checks import check_recipe
 from sixfold.recipe.recipe import Recipe
 
 
@@ -22,6 +24,15 @@ def with_engine(recipe: Recipe, engine: EngineConfig) -> Recipe:
     """The recipe with one engine for all its roles."""
     roles = {name: part.model_copy(update={"engine": None}) for name, part in recipe.roles.items()}
     return recipe.model_copy(update={"engine": engine, "roles": roles})
+
+
+def is_accepted(recipe: Recipe, ranks: int) -> bool:
+    """Whether a recipe may run on so many ranks: some objectives bound the micro-batch, some groups do not divide."""
+    try:
+        check_recipe(recipe, ranks)
+    except RecipeError:
+        return False
+    return True
 
 
 def candidates(engine: EngineConfig, *, ranks: int, ranks_per_node: int, rank_batch: int) -> Iterator[EngineConfig]:

@@ -73,13 +73,20 @@ class StepTrace:
         return {role: sum(value.elements for value in shapes) for role, shapes in self.shapes.items()}
 
 
-def trace_step(recipe: Recipe, world_size: int, *, device: torch.device | None = None) -> StepTrace:
+def trace_step(
+    recipe: Recipe,
+    world_size: int,
+    *,
+    device: torch.device | None = None,
+    collectives: Mapping[Collective, float] | None = None,
+) -> StepTrace:
     """Rehearse one step of ``recipe`` as rank 0 of ``world_size`` ranks; nothing may have joined a process group yet.
 
     Args:
         recipe: what trains.
         world_size: ranks to pretend.
         device: where the run would be, as far as buffers and attention's kernels depend on it; tensors are a CPU's.
+        collectives: the step's messages, where an earlier trace has counted them already.
 
     Raises:
         RecipeError: the recipe does not fit that many ranks.
@@ -94,11 +101,13 @@ def trace_step(recipe: Recipe, world_size: int, *, device: torch.device | None =
         traced = {phase: cast.trace(phase) for phase in frequency}
         seen = [part.whole for part in traced.values()]
         fullest = max(seen, key=lambda readings: readings.peak_bytes)
+        if collectives is None:
+            collectives = add_up((times, cast.messages(phase, traced[phase])) for phase, times in frequency.items())
         return StepTrace(
             most={use: max(readings.most[use] for readings in seen) for use in USES},
             at_peak=fullest.at_peak,
             flops=sum(times * cast.flops(phase, traced[phase]) for phase, times in frequency.items()),
-            collectives=add_up((times, cast.messages(phase, traced[phase])) for phase, times in frequency.items()),
+            collectives=collectives,
             held=held_by_roles(recipe, cast.shapes, world_size, device or world.device),
             companion_bytes=cast.companion_bytes(),
             shapes=cast.shapes,
