@@ -160,7 +160,7 @@ def build_scenes(options: BuildOptions, samples: int, image_size: int) -> BuildR
 
     Args:
         options: see :class:`BuildOptions`; ``val_fraction`` is the share of combinations held out, and of samples.
-        samples: samples of all splits together.
+        samples: samples of all splits together, one of each at least.
         image_size: 16 or 32 pixels a side.
 
     Raises:
@@ -175,7 +175,8 @@ def build_scenes(options: BuildOptions, samples: int, image_size: int) -> BuildR
     scenes = {False: list[Scene](), True: list[Scene]()}
     for scene in all_scenes():
         scenes[held_out(scene, options.val_fraction)].append(scene)
-    val_samples = round(options.val_fraction * samples)
+    least = 1 if options.val_fraction else 0
+    val_samples = max(least, round(options.val_fraction * samples))
     random = np.random.Generator(np.random.PCG64(0))
     with building(options) as work:
         for number in range(samples):

@@ -17,7 +17,7 @@ from sixfold.train.assembly import assemble
 from sixfold.train.fitting import check_data_fits
 from sixfold.train.inference import evaluate_run
 from sixfold.train.rehearsal import rehearse_recipe
-from sixfold.train.sampling import SampleOptions, sample_run
+from sixfold.train.sampling import SampleOptions, guide_overrides, sample_run
 from sixfold_data.config import DataConfig
 from sixfold_data.describe import describe
 
@@ -106,7 +106,14 @@ def test_misfits_are_named_before_anything_starts(made):
     check_data_fits(recipe_on(made), info)
     with pytest.raises(RecipeError, match=r"latents of 8x8.*\n.*fix: set networks\.denoiser\.image_size=8$"):
         check_data_fits(recipe_on(made, "networks.denoiser.image_size=16"), info)
+    with pytest.raises(
+        RecipeError, match=r"is a network of type codec\n.*fix: name another run as networks\.guide\.run"
+    ):
+        check_data_fits(recipe_on(made, *guide_overrides(str(made / "codec"))), info)
     images = describe(DataConfig(path=str(made / "scenes"), global_batch=1))
+    encode = f"sixfold data encode {made / 'codec'} {made / 'scenes'} --out {made / 'scenes-latents'}"
+    with pytest.raises(RecipeError, match=f"not latents\n  fix: encode them with `{encode}`"):
+        check_data_fits(recipe_on(made, data="scenes"), images)
     uncaptioned = type(images)(**{**images.__dict__, "kind": "images", "tokenizer": None})
     with pytest.raises(RecipeError, match="images without captions"):
         check_data_fits(recipe_on(made), uncaptioned)

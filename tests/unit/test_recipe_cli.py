@@ -231,6 +231,23 @@ def test_a_missing_demo_names_the_command_that_makes_it(sixfold, tmp_path, monke
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_option_of_another_demo_is_refused(sixfold, tmp_path):
+    code, _, err = sixfold("data", "demo", "digits", "--samples", "4", "--out", str(tmp_path / "digits"))
+    assert code == 2
+    assert "digits has no --samples" in err
+    assert list(tmp_path.iterdir()) == []
+    code, out, _ = sixfold("data", "demo", "scenes", "--samples", "2", "--out", str(tmp_path / "scenes"))
+    assert code == 0
+    assert "train: 1 samples" in out
+    assert "val: 1 samples" in out
+
+
+def test_as_many_ranks_are_rehearsed_as_can_share_the_batch(sixfold):
+    code, out, err = sixfold("run", "lm/char-cpu", "--dry-run", "--json")
+    assert code == 0, err
+    assert json.loads(out)["world_size"] == 4, "the largest power of two by which 12 samples divide"
+
+
 def test_a_file_is_no_run_folder(sixfold, tmp_path, demo_data):
     (tmp_path / "file").touch()
     code, _, err = sixfold(

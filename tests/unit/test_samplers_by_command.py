@@ -46,6 +46,7 @@ def test_a_scale_alone_changes_the_present_guidance():
         ({"sampler": "autoregressive"}, "no sampler 'autoregressive'"),
         ({"guidance": "strong"}, "no guidance 'strong'"),
         ({"guidance": "cfg:much"}, "no guidance 'cfg:much'"),
+        ({"guidance": "nan"}, "no guidance 'nan'"),
         ({"guidance": "-1"}, "greater than or equal to 0"),
     ],
 )

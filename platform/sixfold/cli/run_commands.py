@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -43,7 +44,10 @@ def run(
     ] = "auto",
     max_restarts: Annotated[int, typer.Option(min=0, help="Fresh starts after a rank was killed.")] = 0,
     dry_run: Annotated[bool, typer.Option(help="Rehearse on a fake process group of --world-size ranks.")] = False,
-    world_size: Annotated[int, typer.Option(min=1, help="Ranks of the rehearsal.")] = 512,
+    world_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Ranks of the rehearsal.", show_default="512, or as many as can share the batch"),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print what --dry-run found as one JSON object.")] = False,
 ) -> None:
     """Train a recipe, or run a pipeline's stages, on this machine.
@@ -70,9 +74,10 @@ def run(
         _run_pipeline(source, overrides or [], run_dir, dry_run=dry_run, as_json=as_json)
         return
     loaded = load_recipe(recipe, overrides or [])
-    check_recipe(loaded.recipe, world_size if dry_run else nproc, provenance=loaded.provenance)
+    rehearsed = world_size or math.gcd(512, loaded.recipe.data.lane_count)
+    check_recipe(loaded.recipe, rehearsed if dry_run else nproc, provenance=loaded.provenance)
     if dry_run:
-        _rehearse(loaded.recipe, world_size, as_json=as_json)
+        _rehearse(loaded.recipe, rehearsed, as_json=as_json)
         return
 
     from sixfold.tracking.events import last_status

@@ -11,6 +11,7 @@ from torch import Tensor
 from sixfold.errors import RecipeError
 from sixfold.models.trained.network import NetworksConfig, TrainedNetwork
 from sixfold.recipe.recipe import Recipe
+from sixfold.train.fitting import latents_faults
 from sixfold.train.roles import checkpoint_of, read_trained
 from sixfold_data.describe import DataInfo
 
@@ -73,16 +74,8 @@ def check_codec(recipe: Recipe, networks: NetworksConfig, info: DataInfo) -> Non
             codes, or another codec's.
     """
     name = recipe.objective.latents_of
-    if (name is None) != (info.latents is None):
-        raise RecipeError.of(
-            "the data hold latents, and the objective names no codec to decode samples with"
-            if name is None
-            else f"objective.codec is {name!r}, but the data hold {info.kind}, not latents",
-            where=", ".join(recipe.data.paths),
-            fix="add networks.codec: {type: trained, run: <the codec's run>} and objective.codec: codec"
-            if name is None
-            else "encode them with `sixfold data encode RUN SHARDS --out DIR` and name that folder under data.path",
-        )
+    if faults := [*latents_faults(recipe, info)]:
+        raise RecipeError(*faults)
     if name is None or info.latents is None:
         return
     if info.latents.form == "codes":

@@ -110,7 +110,7 @@ def open_display(*, rank: int, total_steps: int, start_step: int, name: str) -> 
 
 
 def _facts(values: Mapping[str, float], skips: int, checkpoints: int) -> str:
-    facts = [f"loss {values['train/loss']:.4f}"] if "train/loss" in values else []
+    facts = [f"loss {values['train/loss']:.4g}"] if "train/loss" in values else []
     rates = (("perf/samples_per_s", "samples/s"), ("perf/tokens_per_s", "tokens/s"))
     facts += [f"{values[name]:,.0f} {unit}" for name, unit in rates if name in values]
     facts.append(f"{checkpoints} saved")

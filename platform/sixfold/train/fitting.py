@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from sixfold.errors import Fault, RecipeError, SixfoldError
-from sixfold.models.trained.network import TrainedNetwork, architecture_of
+from sixfold.models.settings import NetworkSettings
+from sixfold.models.trained.network import NetworksConfig, TrainedNetwork, architecture_of
 from sixfold.recipe.recipe import Recipe
 from sixfold.recipe.trained import load_source, resolve_networks
 from sixfold_data.describe import DataInfo, describe
@@ -61,17 +63,14 @@ def check_data_fits(recipe: Recipe, info: DataInfo) -> None:
     """
     faults = [*_splits_exist(recipe, info)]
     networks = resolve_networks(recipe)
+    faults += _capability_faults(recipe, networks)
     if "text_encoder" in recipe.objective.needs.values():
         faults += _caption_faults(info)
-    for name in recipe.objective.network_names:
-        if name == recipe.objective.latents_of:
-            continue  # it reads the images that the latents were made of
-        network: object = architecture_of(networks[name])
-        if isinstance(network, TakesImages):
-            faults += _image_faults(name, network, info)
-        if isinstance(network, TakesTokens):
-            faults += _text_faults(name, network, info)
-        faults += _class_faults(name, networks[name], info)
+    faults += latents_faults(recipe, info)
+    if not faults:
+        for name in recipe.objective.network_names:
+            if name != recipe.objective.latents_of:  # which reads the images that the latents were made of
+                faults += _network_faults(name, networks[name], info)
     if faults:
         raise RecipeError(*faults)
 
@@ -88,6 +87,49 @@ def _splits_exist(recipe: Recipe, info: DataInfo) -> Iterator[Fault]:
                 allowed=", ".join(name for name, samples in info.samples.items() if samples) or "none",
                 fix=f"set {key} to one of these, or build the data set with such a split",
             )
+
+
+def _capability_faults(recipe: Recipe, networks: NetworksConfig) -> Iterator[Fault]:
+    """What a network of another run is, is known only now."""
+    for name, capability in recipe.objective.needs.items():
+        network = networks[name]
+        if isinstance(network, TrainedNetwork) and capability not in network.architecture.provides:
+            yield Fault(
+                what=f"objective {recipe.objective.type} needs a {capability.replace('_', ' ')} as {name!r}, and role "
+                f"{network.role!r} of {network.run} is a network of type {network.architecture.model_dump()['type']}",
+                where=f"networks.{name}",
+                fix=f"name another run as networks.{name}.run",
+            )
+
+
+def latents_faults(recipe: Recipe, info: DataInfo) -> Iterator[Fault]:
+    """Latents and a codec come together."""
+    codec = recipe.objective.latents_of
+    if codec is None and info.latents is not None:
+        yield Fault(
+            what="the data hold latents, and the objective names no codec to decode samples with",
+            where=", ".join(recipe.data.paths),
+            fix="add networks.codec: {type: trained, run: <the codec's run>} and objective.codec: codec",
+        )
+    if codec is not None and info.latents is None:
+        source, run = recipe.data.paths[0], getattr(recipe.networks[codec], "run", None)
+        out = f"{source.rstrip('/')}-latents"
+        yield Fault(
+            what=f"objective.codec is {codec!r}, but the data hold {info.kind}, not latents",
+            where=", ".join(recipe.data.paths),
+            fix=f"encode them with `sixfold data encode {run or 'RUN'} {source} --out {out}`, and set data.path={out}",
+        )
+
+
+def _network_faults(name: str, network: NetworkSettings | TrainedNetwork, info: DataInfo) -> Iterator[Fault]:
+    settings: object = architecture_of(network)
+    faults = [*_image_faults(name, settings, info)] if isinstance(settings, TakesImages) else []
+    faults += _text_faults(name, settings, info) if isinstance(settings, TakesTokens) else []
+    if isinstance(network, TrainedNetwork):
+        fix = f"name a run on such data as networks.{name}.run, or take the data that {network.run} was trained on"
+        faults = [replace(fault, fix=fix) for fault in faults]
+    yield from faults
+    yield from _class_faults(name, network, info)
 
 
 def _image_faults(name: str, network: TakesImages, info: DataInfo) -> Iterator[Fault]:

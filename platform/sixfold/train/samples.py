@@ -45,19 +45,19 @@ def conditions_of(
         return {"original": _held_out_images(recipe, count)}
     if isinstance(recipe.sampling, AutoregressiveConfig):
         if label is not None:
-            raise UserError.of("--label is for images, this run generates text", where=recipe.name, fix="use --prompt")
+            raise UserError.of("--class is for images, this run generates text", where=recipe.name, fix="use --prompt")
         return _prompt(info, recipe.sampling.prompt if prompt is None else prompt, count)
     if "text_encoder" in recipe.objective.needs.values():
         if label is not None:
-            raise UserError.of("--label names a class, this run reads captions", where=recipe.name, fix="use --prompt")
+            raise UserError.of("--class names a class, this run reads captions", where=recipe.name, fix="use --prompt")
         return {CAPTION: _captions(recipe, info, count, prompt)}
     if prompt is not None:
-        raise UserError.of("--prompt is for text, this run generates images", where=recipe.name, fix="use --label")
+        raise UserError.of("--prompt is for text, this run generates images", where=recipe.name, fix="use --class")
     if label is not None and label >= len(info.classes):
         names = (
             ", ".join(f"{number} {name}" for number, name in enumerate(info.classes)) or "none: there are no classes"
         )
-        raise UserError.of(f"there is no class {label}", where="--label", allowed=names, fix="choose one of these")
+        raise UserError.of(f"there is no class {label}", where="--class", allowed=names, fix="choose one of these")
     if "label" not in conditions_read(recipe):
         if label is not None:
             raise UserError.of(
