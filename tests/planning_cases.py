@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from recipe_cases import LATENT, close, made_once, recipe_on, with_engine
 from sixfold.config.base import Component
 from sixfold.distributed.process_group import join
+from sixfold.engine.fsdp import forget_gathered
 from sixfold.planning.meter import USES, Collective, Readings, StepMeter, Use
 from sixfold.planning.trace import StepTrace, add_up, trace_step
 from sixfold.recipe.load import load_recipe
@@ -41,13 +42,14 @@ class Measured:
 
     held_bytes: int
     most: Mapping[Use, int]
+    peak_bytes: int
     flops: float
     collectives: Mapping[Collective, float]
 
 
 def measure(config: Component, name: str, data: str, micro_batch: int | None) -> Measured:
     """Take a real first step of a recipe on this rank, then the last ones: a cycle unmetered, so that every network
-    was called before, and one that is metered."""
+    was called before, one that is metered, and one more for its memory."""
     world = join()
     cycle = PHASED.get(name, 1)
     recipe = with_engine(recipe_on(name, data, *PLANNED.get(name, ())), config, micro_batch)
@@ -55,13 +57,17 @@ def measure(config: Component, name: str, data: str, micro_batch: int | None) ->
         training = assemble(recipe, world, cache=made_once(data))
         training.progress = train_step(training, next(training.stream)).progress
         held = building.readings().left_bytes
-    late = training.progress.total_steps - 2 * cycle
+    late = training.progress.total_steps - 3 * cycle
     training.progress = replace(training.progress, step=late - late % cycle)
     _, readings = ([_step(training) for _ in range(cycle)] for _ in range(2))
+    for network in training.bare_networks.values():
+        forget_gathered(network)  # or what a frozen network keeps gathered would count as there before
+    cold = [_step(training) for _ in range(cycle)]
     close(training)
     return Measured(
         held_bytes=held,
         most={use: max(step.most[use] for step in readings) for use in USES},
+        peak_bytes=max(step.peak_bytes for step in cold),
         flops=sum(step.flops for step in readings) / cycle,
         collectives=add_up((1 / cycle, step.collectives) for step in readings),
     )

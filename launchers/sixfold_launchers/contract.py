@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
-from sixfold.errors import Fault
+from sixfold.errors import Fault, UserError
 from sixfold_launchers.profiles import Profile
 
 State = Literal["submitting", "pending", "running", "finished", "interrupted", "failed", "cancelled", "lost"]
@@ -161,6 +161,22 @@ class JobRecord:
     def ended(self) -> bool:
         """Whether the job will not move by itself any more."""
         return self.state in ENDED
+
+    @property
+    def confirmed_id(self) -> str:
+        """The scheduler's id.
+
+        Raises:
+            UserError: the submission has not been confirmed.
+        """
+        if self.cluster_id is None:
+            raise UserError.of(
+                f"job {self.job_id} is not known to have reached its cluster",
+                where=self.profile_name,
+                fix="`sixfold jobs list` asks the cluster, and calls the job lost if it was never seen there; then "
+                "submit it again",
+            )
+        return self.cluster_id
 
 
 class Launcher(Protocol):

@@ -54,7 +54,16 @@ class JobBook:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self._open() as book:
                 book.execute(_SCHEMA)
-        except (OSError, sqlite3.Error) as error:
+        except sqlite3.DatabaseError as error:
+            is_damaged = not isinstance(error, sqlite3.OperationalError)
+            raise EnvironmentFault.of(
+                f"the job book cannot be read: {error}" if is_damaged else f"the job book cannot be opened: {error}",
+                where=str(self.path),
+                fix=f"move it away (mv {self.path} {self.path}.damaged): jobs go on, and their clusters know them"
+                if is_damaged
+                else "make the folder writable, or name another one in SIXFOLD_STATE",
+            ) from error
+        except OSError as error:
             raise EnvironmentFault.of(
                 f"the job book cannot be opened: {error}",
                 where=str(self.path),
@@ -97,10 +106,14 @@ class JobBook:
             book.execute("DELETE FROM jobs WHERE job_id = ?", (job_id,))
 
     def jobs(self) -> list[JobRecord]:
-        """Every job, newest first."""
+        """Every job, newest first.
+
+        Raises:
+            EnvironmentFault: an entry cannot be read; names it.
+        """
         with self._open() as book:
-            rows = book.execute("SELECT record FROM jobs ORDER BY submitted_s DESC, job_id DESC").fetchall()
-        return [_from_json(text) for (text,) in rows]
+            rows = book.execute("SELECT job_id, record FROM jobs ORDER BY submitted_s DESC, job_id DESC").fetchall()
+        return [self._read(job_id, text) for job_id, text in rows]
 
     def find(self, reference: str) -> JobRecord:
         """Return the job with this id, key, cluster's id or an unambiguous beginning of its id.
@@ -127,8 +140,18 @@ class JobBook:
         return [job for job in self.jobs() if any(run.folder == folder for run in job.spec.runs)]
 
     def _by_key(self, book: sqlite3.Connection, key: str) -> JobRecord | None:
-        row = book.execute("SELECT record FROM jobs WHERE key = ?", (key,)).fetchone()
-        return None if row is None else _from_json(row[0])
+        row = book.execute("SELECT job_id, record FROM jobs WHERE key = ?", (key,)).fetchone()
+        return None if row is None else self._read(*row)
+
+    def _read(self, job_id: str, text: str) -> JobRecord:
+        try:
+            return _from_json(text)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise EnvironmentFault.of(
+                f"the job book's entry of job {job_id} cannot be read: {str(error).splitlines()[0]}",
+                where=str(self.path),
+                fix=f"""remove it: sqlite3 {self.path} "DELETE FROM jobs WHERE job_id = '{job_id}'\"""",
+            ) from error
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -172,6 +172,22 @@ class SlurmAllocation(Config):
         description="Further sbatch options by long name without dashes; true for a flag.",
     )
 
+    @field_validator("time_limit", mode="before")
+    @classmethod
+    def _takes_minutes(cls, limit: Any) -> Any:
+        """A number in YAML is minutes, as in sbatch."""
+        return str(limit) if isinstance(limit, int) and not isinstance(limit, bool) else limit
+
+    @model_validator(mode="after")
+    def _saves_in_time(self) -> Self:
+        limit_s = None if self.time_limit is None else _seconds_of(self.time_limit)
+        if limit_s is not None and self.save_before_limit_s >= limit_s:
+            raise ValueError(
+                f"save_before_limit_s={self.save_before_limit_s} leaves nothing of time_limit={self.time_limit}, which "
+                f"is {limit_s} s: the job would save and be requeued without a step; set a smaller one, or more time"
+            )
+        return self
+
     @field_validator("sbatch")
     @classmethod
     def _adds_options(cls, options: dict[str, str | int | bool]) -> dict[str, str | int | bool]:
@@ -196,8 +212,22 @@ _OWN_OPTIONS = {
     "no-requeue": "requeue",
     "ntasks-per-node": "ranks_per_node",
     "cpus-per-task": "cpus_per_rank",
-    **dict.fromkeys(("job-name", "comment", "output", "error", "open-mode", "export", "array"), "the launcher"),
+    "ntasks": "nodes and ranks_per_node",
+    **dict.fromkeys(
+        ("job-name", "comment", "output", "error", "open-mode", "export", "array", "chdir"), "the launcher"
+    ),
 }
+
+
+def _seconds_of(limit: str) -> int:
+    """Read a time limit as sbatch does: minutes, M:S, H:M:S, D-H, D-H:M or D-H:M:S."""
+    days, dash, rest = limit.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if dash:
+        hours, minutes, seconds = [*parts, 0, 0][:3]
+    else:
+        hours, minutes, seconds = {1: [0, *parts, 0], 2: [0, *parts], 3: parts}[len(parts)]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 class SlurmProfile(SlurmAllocation, BaseProfile):

@@ -76,8 +76,7 @@ class RayLauncher:
 
     def status(self, job: JobRecord) -> JobStatus:
         """The job server's word, and for ended jobs the run folders'."""
-        assert job.cluster_id is not None
-        found = self._server().job(job.cluster_id)
+        found = self._server().job(job.confirmed_id)
         outcomes = {read_outcome(run.folder) for run in job.spec.runs}
         if found is None:
             state: State = "finished" if outcomes == {"finished"} else "lost"
@@ -96,14 +95,14 @@ class RayLauncher:
 
     def cancel(self, job: JobRecord) -> None:
         """Have the ranks save and end, within a minute; then end what is left."""
-        assert job.cluster_id is not None
+        submission = job.confirmed_id
         for run in job.spec.runs:
             Requests(run.folder).make("stop")
         deadline_s = time.monotonic() + _SAVE_TIMEOUT_S
         while self.status(job).state == "running" and time.monotonic() < deadline_s:
             time.sleep(0.5)
         if self.status(job).state in ("pending", "running"):
-            self._server().stop(job.cluster_id)
+            self._server().stop(submission)
 
     def requeue(self, job: JobRecord) -> str:
         """Have running ranks save and start again; submit an ended job once more, under the next id.
@@ -111,18 +110,18 @@ class RayLauncher:
         Raises:
             UserError: the job is finished, or waits already.
         """
-        assert job.cluster_id is not None
+        submission = job.confirmed_id
         requests, state = [Requests(run.folder) for run in job.spec.runs], self.status(job).state
         if state == "running":
             for each in requests:
                 each.make("regroup")
-            return job.cluster_id
+            return submission
         if state in ("finished", "pending"):
             raise UserError.of(f"job {job.job_id} is {state}", fix="nothing to do: only others can start again")
         for each in requests:
             each.clear("stop")
         specification = json.loads((job.spec.folder / JOB).read_text())
-        return self._submit(job.spec, specification | {"submission_id": _next_id(job.spec.job_id, job.cluster_id)})
+        return self._submit(job.spec, specification | {"submission_id": _next_id(job.spec.job_id, submission)})
 
     def _submit(self, spec: JobSpec, job: dict[str, Any]) -> str:
         server = self._server()

@@ -43,7 +43,7 @@ class RayServer:
         Raises:
             EnvironmentFault: the cluster does not answer, or refuses the token.
         """
-        reply = self._ask("GET", "/api/v0/nodes?limit=10000&detail=true")
+        reply = self._ask("GET", "/api/v0/nodes?limit=10000&detail=true", expects="data")
         return [node for node in reply["data"]["result"]["result"] if node["state"] == "ALIVE"]
 
     def version(self) -> str:
@@ -52,7 +52,7 @@ class RayServer:
         Raises:
             EnvironmentFault: the cluster does not answer, or refuses the token.
         """
-        version: str = self._ask("GET", "/api/version")["ray_version"]
+        version: str = self._ask("GET", "/api/version", expects="ray_version")["ray_version"]
         return version
 
     def submit(self, job: Mapping[str, Any]) -> str:
@@ -61,7 +61,8 @@ class RayServer:
         Raises:
             EnvironmentFault: the cluster does not answer, or cannot take the job now.
         """
-        submitted: str = self._ask("POST", "/api/jobs/", json.dumps(job).encode())["submission_id"]
+        body = json.dumps(job).encode()
+        submitted: str = self._ask("POST", "/api/jobs/", body, expects="submission_id")["submission_id"]
         return submitted
 
     def jobs(self) -> list[dict[str, Any]]:
@@ -70,6 +71,7 @@ class RayServer:
         Raises:
             EnvironmentFault: the cluster does not answer, or refuses the token.
         """
+        self.version()  # or another server's answer would pass for an empty list
         found: list[dict[str, Any]] = self._ask("GET", "/api/jobs/")
         return found
 
@@ -82,6 +84,7 @@ class RayServer:
         try:
             found: dict[str, Any] = self._ask("GET", f"/api/jobs/{submission_id}")
         except NotThere:
+            self.version()  # that no job is known is a dashboard's answer, or any other server's
             return None
         return found
 
@@ -103,7 +106,23 @@ class RayServer:
             self._ask("PUT", f"/api/packages/gcs/{name}", data)
         return f"gcs://{name}"
 
-    def _ask(self, method: str, path: str, body: bytes | None = None) -> Any:
+    def _ask(self, method: str, path: str, body: bytes | None = None, *, expects: str | None = None) -> Any:
+        """Ask, and read the answer: what ``expects`` names must be in it, as in every dashboard's."""
+        if expects is None:
+            return self._reply(method, path, body)
+        try:
+            reply = self._reply(method, path, body)
+        except NotThere:
+            reply = None
+        if not isinstance(reply, dict) or expects not in reply:
+            raise EnvironmentFault.of(
+                "what answers there is no Ray dashboard",
+                where=f"{self.address}{path}",
+                fix="check the host and port in the profile's `address`",
+            )
+        return reply
+
+    def _reply(self, method: str, path: str, body: bytes | None) -> Any:
         headers = {} if body is None else {"Content-Type": "application/json"}
         if self.token_file is not None:
             headers["Authorization"] = f"Bearer {_read_token(self.token_file)}"

@@ -44,6 +44,8 @@ def plan(
         raise UserError.of(f"--device is {device!r}", allowed=", ".join(DEVICE_NAMES))
     cluster = Cluster(nodes=nodes, ranks_per_node=gpus_per_node, device=device_of(device, ranks_per_node=gpus_per_node))
     if every:
+        if recipe is not None:
+            raise UserError.of(f"--all plans every recipe as it is, not {recipe}", fix="leave one of the two out")
         _plan_all(cluster, as_json=as_json)
         return
     if recipe is None:
@@ -89,6 +91,7 @@ def _rows(plans: list[Plan], cluster: Cluster) -> list[tuple[str, ...]]:
 
     device = cluster.device
     rows = [("parameters", *(f"{sum(plan.trace.parameters.values()):,}" for plan in plans))]
+    rows.append(("samples at once, a rank", *(f"{plan.trace.micro_batch:,}" for plan in plans)))
     for use in plans[0].memory:
         if any(plan.memory[use] for plan in plans):
             rows.append((f"{use}, GiB a rank", *(f"{plan.memory[use] / _GIB:,.2f}" for plan in plans)))
@@ -127,9 +130,11 @@ def _plan_all(cluster: Cluster, *, as_json: bool) -> None:
     from sixfold.recipe.catalogue import catalogue
 
     records: list[dict[str, Any]] = []
-    for entry in catalogue():
-        if is_pipeline(entry.path) or entry.name.endswith(("-smoke", "-cpu")):
-            continue
+    full_size = [
+        entry for entry in catalogue() if not is_pipeline(entry.path) and not entry.name.endswith(("-smoke", "-cpu"))
+    ]
+    for number, entry in enumerate(full_size, start=1):
+        typer.echo(f"planning {number} of {len(full_size)}: {entry.name}", err=True)
         try:
             found = Planner(_load(entry.name, [], cluster), cluster).plan()
         except SixfoldError as error:

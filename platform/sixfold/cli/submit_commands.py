@@ -90,29 +90,33 @@ def submit(
 
 
 def _show_plan(made: Plan, *, as_json: bool) -> None:
-    """Print what would be submitted, then what the cluster thinks of it."""
-    from sixfold.errors import UserError
+    """Print what would be submitted, then what the cluster thinks of it; where none answers, only the former."""
+    from sixfold.errors import EnvironmentFault, UserError
     from sixfold_launchers.submission import check
 
     notes = [*made.submission.notes, *made.snapshot.summary()]
-    if as_json:
+    if not as_json:
+        typer.echo(made.submission.text())
+        for note in notes:
+            typer.echo(f"# {note}")
+    faults, unchecked = [], None
+    try:
         faults = check(made)
+    except EnvironmentFault as fault:
+        unchecked = str(fault)
+    if as_json:
         plain = {
             "files": dict(made.submission.files),
             "command": list(made.submission.command),
             "notes": notes,
             "faults": [str(fault) for fault in faults],
+            "unchecked": unchecked,
         }
         typer.echo(json.dumps(plain))
-    else:
-        typer.echo(made.submission.text())
-        for note in notes:
-            typer.echo(f"# {note}")
-        faults = check(made)
     if faults:
         raise UserError(*faults)
     if not as_json:
-        typer.echo("# checked: it would be accepted")
+        typer.echo("# checked: it would be accepted" if unchecked is None else f"# not checked: {unchecked}")
 
 
 def _announce(job: JobRecord, notes: Iterable[str]) -> None:

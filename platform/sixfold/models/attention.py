@@ -8,8 +8,7 @@ backward on the CPU, where SDPA takes an explicit mask. Short sequences that tra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -20,19 +19,13 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from torch.nn.functional import scaled_dot_product_attention
 
 from sixfold.models.batched_attention import batched_attention
+from sixfold.models.kernels import takes_cpu_kernels
 
 _LONGEST = 512
 """Tokens beyond which the probabilities that batched products keep would outweigh a layer's other activations."""
 
 _LONGEST_FULL_FP32 = 64
 """The same for full attention in fp32, where SDPA's kernel is as fast as the products from there on."""
-
-
-class _Kernels:
-    """Whose kernels are taken; a context variable would keep blocks from being compiled."""
-
-    of_accelerators = False
-
 
 AttentionMask = BlockMask | Bool[Tensor, "#n 1 queries keys"]
 
@@ -89,19 +82,9 @@ def full_attention(
     return scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
 
-@contextmanager
-def kernels_of(device: torch.device) -> Iterator[None]:
-    """Take the kernels that ``device`` would, whatever device tensors pretend to be on: for plans on fake tensors."""
-    before, _Kernels.of_accelerators = _Kernels.of_accelerators, device.type != "cpu"
-    try:
-        yield
-    finally:
-        _Kernels.of_accelerators = before
-
-
 def _takes_products(query: Tensor, key: Tensor, longest: int) -> bool:
     """Whether batched products beat SDPA's kernel: short sequences on the CPU whose backward will follow."""
-    if query.device.type != "cpu" or _Kernels.of_accelerators or not query.requires_grad:
+    if not takes_cpu_kernels(query.device) or not query.requires_grad:
         return False
     return query.dtype in (torch.float32, torch.bfloat16) and max(query.shape[2], key.shape[2]) <= longest
 

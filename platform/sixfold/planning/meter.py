@@ -78,6 +78,7 @@ class Readings:
             operation hands the next, gradients of parameters among it until they are exchanged or freed; ``exchange``
             are gathered parameters and buffers of reductions; ``gradients`` are those that stay until the update.
         at_peak: by use, what it held when all together held most.
+        besides_gradients: by other uses, what it held when these together held most.
         left_bytes: what is still there of what the step made.
         flops: of matrix products, convolutions and attention, 2 a multiply-add, recomputation included.
         collectives: messages by kind, group and size, with how many there were.
@@ -85,6 +86,7 @@ class Readings:
 
     most: Mapping[Use, int]
     at_peak: Mapping[Use, int]
+    besides_gradients: Mapping[Use, int]
     left_bytes: int
     flops: int
     collectives: Counter[Collective]
@@ -122,8 +124,9 @@ class StepMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
 
         def observed(storage: torch.UntypedStorage, size: int) -> Any:
             # FSDP frees and restores gathered parameters by resizing their storage, which is no operation.
+            before = storage.nbytes()
             result = resize(storage, size)
-            meter._change(storage._cdata, storage.nbytes())
+            meter._change(storage, before)
             return result
 
         torch.UntypedStorage.resize_ = observed  # type: ignore[method-assign,assignment]  # while the context lasts
@@ -166,16 +169,19 @@ class StepMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
     def readings(self) -> Readings:
         """Return what was seen so far."""
         now: dict[Use, int] = dict.fromkeys(USES, 0)
-        most, at_peak = dict(now), dict(now)
+        most, at_peak, besides = dict(now), dict(now), dict(now)
         for number, change in self._timeline:
             use = self._uses.get(number, "activations")
             now[use] += change
             most[use] = max(most[use], now[use])
             if sum(now.values()) > sum(at_peak.values()):
                 at_peak = dict(now)
+            if now["activations"] + now["exchange"] > besides["activations"] + besides["exchange"]:
+                besides = dict(now) | {"gradients": 0}
         return Readings(
             most=most,
             at_peak=at_peak,
+            besides_gradients=besides,
             left_bytes=sum(now.values()),
             flops=self._flops,
             collectives=Counter(self._collectives),
@@ -201,11 +207,18 @@ class StepMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         self._older.add(storage._cdata)
         weakref.finalize(storage, self._older.discard, storage._cdata)
 
-    def _change(self, address: int, size: int) -> None:
-        if address in self._live:
-            number, before = self._live[address]
-            self._live[address] = (number, size)
-            self._timeline.append((number, size - before))
+    def _change(self, storage: torch.UntypedStorage, before: int) -> None:
+        """Count what a storage grows or shrinks by; one that was there before is a gathered parameter's."""
+        address, size = storage._cdata, storage.nbytes()
+        if address not in self._live:
+            self._older.discard(address)
+            self._live[address] = (self._numbered, before)
+            self._uses[self._numbered] = "exchange"
+            self._numbered += 1
+            weakref.finalize(storage, self._end, address)
+        number, _ = self._live[address]
+        self._live[address] = (number, size)
+        self._timeline.append((number, size - before))
 
     def _end(self, address: int) -> None:
         number, size = self._live.pop(address)

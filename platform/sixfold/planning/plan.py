@@ -19,6 +19,8 @@ from sixfold.recipe.recipe import Recipe
 
 CHECKPOINTING = ("none", "selective", "full")
 """Modes of activation checkpointing; each recomputes more than the one before."""
+_FINALISTS = 3
+"""Settings that fit and are traced, before the fastest of them is taken."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,17 +108,24 @@ class Planner:
     def cheapest(self) -> Plan | None:
         """The fastest setting that fits (of equal devices the fastest is the cheapest), or None.
 
-        Settings are compared on paper, and the winner is traced as it would run.
+        Settings are compared on paper; the few that look best are traced as they would run, and one of these is it.
         """
-        underestimated = 1.0
+        best: Plan | None = None
+        fitting, underestimated = 0, dict[str, float]()
         for on_paper in self._fitting_on_paper():
-            if on_paper.peak_bytes * underestimated <= self.cluster.device.usable_bytes:
-                recipe = with_engine(self.recipe, on_paper.engine)
-                traced = self._plan(recipe, self._trace(recipe))
-                if traced.fits:
-                    return traced
-                underestimated = traced.peak_bytes / on_paper.peak_bytes
-        return None
+            if best is not None and (fitting == _FINALISTS or on_paper.estimate.step_s >= best.estimate.step_s):
+                break
+            mode = on_paper.engine.activation_checkpointing
+            if on_paper.peak_bytes * underestimated.get(mode, 1.0) > self.cluster.device.usable_bytes:
+                continue
+            recipe = with_engine(self.recipe, on_paper.engine)
+            traced = self._plan(recipe, self._trace(recipe))
+            if not traced.fits:
+                underestimated[mode] = traced.peak_bytes / on_paper.peak_bytes
+                continue
+            fitting += 1
+            best = traced if best is None else min(best, traced, key=_step_s)
+        return best
 
     def _fitting_on_paper(self) -> Iterator[Plan]:
         """Every setting that fits on paper, the fastest first; modes of checkpointing are traced as they are needed."""
@@ -133,6 +142,8 @@ class Planner:
     def _bases(self, mode: str) -> list[Recipe]:
         """The recipe with a mode of checkpointing; where replicas do not fit, sharded instead."""
         engine = self.recipe.engine
+        if isinstance(engine, FSDPConfig):
+            engine = engine.model_copy(update={"replicate": 1})  # whole replicas gather nothing that could be counted
         bases = [with_engine(self.recipe, _checkpointing(engine, mode))]
         if isinstance(engine, DDPConfig) and self.cluster.ranks > 1 and not self.plan().fits:
             shared = {name: getattr(engine, name) for name in ("precision", "micro_batch", "clip_grad_norm", "compile")}
@@ -227,7 +238,7 @@ def memory_of(trace: StepTrace) -> dict[str, int]:
     return {
         "parameters": held.parameters,
         "working copies": held.working,
-        "gradients": held.gradients,
+        "gradients": trace.at_peak["gradients"],
         "optimizer": held.optimizer,
         "average": held.average,
         "on the host": -host,

@@ -84,7 +84,7 @@ def rescaled(trace: StepTrace, recipe: Recipe, engine: EngineConfig, *, ranks: i
     return replace(
         trace,
         most=_grown(trace.most, growth),
-        at_peak=_grown(trace.at_peak, growth),
+        at_peak={**_grown(trace.besides_gradients, growth), "gradients": held.gradients},
         held=held,
         collectives=collectives,
         micro_batch=micro_batch,

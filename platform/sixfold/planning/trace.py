@@ -26,7 +26,7 @@ from sixfold.engine.config import ConstantScheduleConfig, DeepSpeedConfig, Engin
 from sixfold.engine.fsdp import FSDPEngine, forget_gathered
 from sixfold.engine.rehearsal import untrained_network
 from sixfold.engine.sharding import local_tensors
-from sixfold.models.attention import kernels_of
+from sixfold.models.kernels import kernels_of
 from sixfold.models.network import Network, parameter_tags
 from sixfold.models.trained.network import NetworksConfig
 from sixfold.objectives.contract import Batch, LossTerms, Objective, Phase, Progress
@@ -50,6 +50,7 @@ class StepTrace:
     Attributes:
         most: by use, the most memory that a phase's own tensors held at once.
         at_peak: by use, what they held when all together held most.
+        besides_gradients: by other uses, what they held when these together held most.
         flops: floating-point operations that are carried out, recomputation included.
         collectives: messages, with how many there are a step.
         held: what the trainable roles keep between steps.
@@ -60,6 +61,7 @@ class StepTrace:
 
     most: Mapping[Use, int]
     at_peak: Mapping[Use, int]
+    besides_gradients: Mapping[Use, int]
     flops: float
     collectives: Mapping[Collective, float]
     held: Held
@@ -101,11 +103,15 @@ def trace_step(
         traced = {phase: cast.trace(phase) for phase in frequency}
         seen = [part.whole for part in traced.values()]
         fullest = max(seen, key=lambda readings: readings.peak_bytes)
+        besides = max((readings.besides_gradients for readings in seen), key=lambda use: sum(use.values()))
+        kept = {role: shapes for role, shapes in cast.shapes.items() if isinstance(cast.engines[role], Replica)}
+        in_buckets = held_by_roles(recipe, kept, world_size, device or world.device).gradients
         if collectives is None:
             collectives = add_up((times, cast.messages(phase, traced[phase])) for phase, times in frequency.items())
         return StepTrace(
             most={use: max(readings.most[use] for readings in seen) for use in USES},
-            at_peak=fullest.at_peak,
+            at_peak={**fullest.at_peak, "gradients": fullest.at_peak["gradients"] + in_buckets},
+            besides_gradients=besides,
             flops=sum(times * cast.flops(phase, traced[phase]) for phase, times in frequency.items()),
             collectives=collectives,
             held=held_by_roles(recipe, cast.shapes, world_size, device or world.device),
@@ -162,9 +168,10 @@ def micro_batch_of(recipe: Recipe, roles: Iterable[str], world_size: int) -> int
 
 @dataclass(frozen=True, kw_only=True)
 class _Traced:
-    """A phase's losses, and the readings of its last micro-batch without and with the update."""
+    """A phase's losses, and readings after its first micro-batch (if it has several), the last, and the update."""
 
     terms: LossTerms
+    first: Readings | None
     computed: Readings
     whole: Readings
 
@@ -182,33 +189,36 @@ class _Cast:
         self.shapes = {role: self._shapes(role) for role in self.engines}
 
     def trace(self, phase: Phase) -> _Traced:
-        """Run a phase's last micro-batch, and its update as far as that is more than a pass."""
-        micro_batch, _ = self._micro_batches(phase)
+        """Run a phase's first and last micro-batch, and its update as far as that is more than a pass."""
+        micro_batch, micro_batches = self._micro_batches(phase)
+        first = None
         with StepMeter() as meter:
             with self._networks_in(phase) as networks:
+                if micro_batches > 1:
+                    self._compute(networks, phase, micro_batch, last=False)
+                    self._keep_gradients(phase, meter)
+                    first = meter.readings()
                 terms = self._compute(networks, phase, micro_batch, last=True)
+            self._keep_gradients(phase, meter)
             computed = meter.readings()
             for role in phase.trains:
-                self._finish(role, meter)
-        return _Traced(terms=terms, computed=computed, whole=meter.readings())
+                self._finish(role)
+        return _Traced(terms=terms, first=first, computed=computed, whole=meter.readings())
 
     def flops(self, phase: Phase, traced: _Traced) -> float:
         """Floating-point operations of all of a phase's micro-batches and its update."""
         _, micro_batches = self._micro_batches(phase)
-        return traced.whole.flops + traced.computed.flops * (micro_batches - 1)
+        return traced.whole.flops + (0 if traced.first is None else traced.first.flops * (micro_batches - 2))
 
     def messages(self, phase: Phase, traced: _Traced) -> Mapping[Collective, float]:
         """Messages of all of a phase's micro-batches and its update, once every phase has been traced."""
         micro_batch, micro_batches = self._micro_batches(phase)
-        cold = traced.computed.collectives
-        computed = self._computed_again(phase, micro_batch, micro_batches)
-        if not computed:
-            # Replicas of shards are summed after the last micro-batch alone.
-            unsummed = {collective: count for collective, count in cold.items() if collective.kind != "all_reduce"}
-            computed = [(micro_batches - 1, unsummed), (1, cold)]
-        of_the_update = {
-            collective: count - cold.get(collective, 0) for collective, count in traced.whole.collectives.items()
-        }
+        first = Counter[Collective]() if traced.first is None else traced.first.collectives
+        computed = self._computed_again(phase, micro_batch, micro_batches) or [
+            (micro_batches - 1, first),
+            (1, traced.computed.collectives - first),
+        ]
+        of_the_update = traced.whole.collectives - traced.computed.collectives
         of_the_step = self._of_the_step(phase, traced.terms, micro_batches)
         return add_up([*computed, (1, of_the_update), (1, of_the_step)])
 
@@ -273,10 +283,14 @@ class _Cast:
             }
             yield {**trained, **untrained, **self.companions}
 
-    def _finish(self, role: str, meter: StepMeter) -> None:
+    def _keep_gradients(self, phase: Phase, meter: StepMeter) -> None:
+        """Tell the meter which tensors are gradients by now."""
+        parameters = [value for role in phase.trains for value in self.engines[role].network.parameters()]
+        meter.keep(local_tensors([value.grad for value in parameters if value.grad is not None]))
+
+    def _finish(self, role: str) -> None:
         """Update a role where its update is more than a pass over what it holds, and forget its gradients."""
         engine = self.engines[role]
-        meter.keep(local_tensors([value.grad for value in engine.network.parameters() if value.grad is not None]))
         if isinstance(engine, Replica):
             engine.update()
         elif isinstance(self._recipe.optimizer_of(role), MuonConfig):

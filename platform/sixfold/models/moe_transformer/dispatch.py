@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Float, Int32, Int64
 from torch import Tensor
 
+from sixfold.models.kernels import takes_cpu_kernels
+
 
 class DispatchPlan(NamedTuple):
     """Which row is whose.
@@ -34,7 +36,7 @@ def row_multiple(dtype: torch.dtype, device: torch.device) -> int:
     On the CPU, products in half precision are compiled for each new shape, which takes as long as the product itself
     for a few hundred rows: experts' loads must fall on few different numbers.
     """
-    return 64 if device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) else 1
+    return 64 if takes_cpu_kernels(device) and dtype in (torch.bfloat16, torch.float16) else 1
 
 
 def plan_dispatch(
