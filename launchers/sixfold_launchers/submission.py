@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -172,6 +173,7 @@ def submit(made: Plan, book: JobBook, *, retry: bool = False) -> tuple[JobRecord
         cluster_id = made.launcher.submit(made.spec, made.submission)
     except (SixfoldError, OSError):
         book.forget(job.job_id)  # nothing reached the cluster: its key is free again
+        shutil.rmtree(made.spec.folder, ignore_errors=True)
         raise
     return book.update(replace(job, cluster_id=cluster_id, state="pending")), True
 

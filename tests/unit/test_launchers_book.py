@@ -3,8 +3,10 @@
 import json
 import multiprocessing
 import os
+import sqlite3
 import subprocess
 import time
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,6 +57,33 @@ def test_a_job_comes_back_as_it_was_written(tmp_path):
     assert JobBook(tmp_path).find("7") == again
     assert JobBook(tmp_path).of_run(tmp_path / "run") == [again]
     assert JobBook(tmp_path).of_run(tmp_path / "other") == []
+
+
+def test_a_damaged_book_is_named_with_what_mends_it(tmp_path):
+    book = JobBook(tmp_path)
+    book.begin(record(tmp_path))
+    with closing(sqlite3.connect(book.path)) as opened, opened:
+        opened.execute("UPDATE jobs SET record = '{'")
+    with pytest.raises(
+        EnvironmentFault, match=r"entry of job j1 cannot be read(.|\n)*DELETE FROM jobs WHERE job_id = 'j1'"
+    ):
+        book.jobs()
+    book.path.write_bytes(b"no database, whatever its name says" * 100)
+    with pytest.raises(EnvironmentFault, match="move it away"):
+        JobBook(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("limit", "seconds", "accepted"),
+    [("2", 120, False), ("3", 120, True), ("'0:02:00'", 120, False), ("'2:30'", 120, True), ("'1-0:00'", 3600, True)],
+)
+def test_a_time_limit_leaves_time_to_step_before_saving(limit, seconds, accepted):
+    settings = [f"time_limit={limit}", f"save_before_limit_s={seconds}"]
+    if accepted:
+        assert load_profile("slurm", settings).profile.time_limit == limit.strip("'")
+    else:
+        with pytest.raises(ProfileError, match="leaves nothing of time_limit"):
+            load_profile("slurm", settings)
 
 
 @pytest.mark.parametrize("kind", ["local", "ray", "slurm", "slurm-ray"])

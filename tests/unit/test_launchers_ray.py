@@ -4,7 +4,10 @@ import dataclasses
 import json
 import os
 import subprocess
+import threading
+import time
 import zipfile
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from io import BytesIO
 from pathlib import Path
 
@@ -14,7 +17,8 @@ from hypothesis import strategies as st
 
 from sixfold.errors import EnvironmentFault, RecipeError, UserError
 from sixfold_launchers import ray_cluster, ray_server
-from sixfold_launchers.contract import JobSpec, RunSpec, launcher_of
+from sixfold_launchers.contract import JobRecord, JobSpec, RunSpec, launcher_of
+from sixfold_launchers.job_book import JobBook, reconcile
 from sixfold_launchers.profile_files import load_profile
 from sixfold_launchers.profiles import ElasticRanks, RayProfile
 from sixfold_launchers.ray_cluster import RayCluster, RayNode, node_arguments
@@ -207,6 +211,53 @@ def test_too_large_a_snapshot_is_refused_before_it_is_packed(tmp_path, monkeypat
     (tmp_path / "weights").write_bytes(b"0" * 11)
     with pytest.raises(UserError, match="keep large files out of git"):
         packed(tmp_path)
+
+
+def test_another_server_is_no_cluster_and_leaves_no_job(tmp_path, some_server):
+    server = RayServer(some_server, None)
+    for ask in (server.nodes, server.jobs, server.version, lambda: server.job("j1"), lambda: server.submit({})):
+        with pytest.raises(EnvironmentFault, match=r"no Ray dashboard(.|\n)*check the host and port"):
+            ask()
+    job = JobRecord(
+        job_id="j1",
+        key=None,
+        digest="d",
+        kind="ray",
+        cluster_id=None,
+        profile_name="ray",
+        profile=load_profile("ray", [f"address={some_server}"]).profile,
+        spec=SPEC,
+        state="submitting",
+        submitted_s=time.time(),
+    )
+    book = JobBook(tmp_path)
+    book.begin(job)
+    [(now, fault)] = reconcile(book, book.jobs())
+    assert now == job
+    assert "no Ray dashboard" in str(fault)
+
+
+def test_what_never_reached_the_cluster_cannot_be_cancelled_or_requeued(tmp_path):
+    profile = load_profile("ray", ["address=http://127.0.0.1:9"]).profile
+    unconfirmed = {"key": None, "digest": "d", "kind": "ray", "cluster_id": None, "profile_name": "ray"}
+    job = JobRecord(job_id="j1", profile=profile, spec=SPEC, state="submitting", **unconfirmed)
+    launcher = launcher_of(profile)
+    for act in (launcher.cancel, launcher.requeue, launcher.status):
+        with pytest.raises(UserError, match="not known to have reached its cluster"):
+            act(job)
+
+
+@pytest.fixture
+def some_server():
+    """The address of a web server that is no dashboard: it answers 404 to everything."""
+    handler = type("Handler", (BaseHTTPRequestHandler,), {"log_message": lambda *_: None})
+    with HTTPServer(("127.0.0.1", 0), handler) as server:
+        handler.do_GET = handler.do_POST = lambda self: self.send_error(404)
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
 
 
 def test_a_dead_cluster_is_named_with_the_fix(tmp_path, monkeypatch):
