@@ -23,8 +23,10 @@ def test_attributes_of_held_out_captions_are_right(table):
 @pytest.mark.quality
 @pytest.mark.timeout(7200)
 def test_guidance_and_steps_trade_as_expected(table):
-    """Guidance buys agreement with captions at the cost of variety; steps buy likeness to real pictures."""
+    """Guidance buys agreement with captions at the cost of variety, which steps buy."""
     free, guided = table[20, "cfg 1.0"], table[20, "cfg 4.0"]
     assert guided["prompt_alignment"] > free["prompt_alignment"]
     assert guided["coverage"] < free["coverage"]
-    assert table[5, "cfg 2.0"]["density"] < table[20, "cfg 2.0"]["density"]
+    assert guided["recall"] < free["recall"]
+    for guidance in ("cfg 1.0", "cfg 2.0", "cfg 4.0"):
+        assert table[5, guidance]["recall"] < table[20, guidance]["recall"]

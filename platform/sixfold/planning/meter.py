@@ -166,6 +166,10 @@ class StepMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
             self._exchange(func, args, [*given, *made])
         return result
 
+    def counts(self) -> tuple[int, Counter[Collective]]:
+        """Return the floating-point operations and messages that were seen so far."""
+        return self._flops, Counter(self._collectives)
+
     def readings(self) -> Readings:
         """Return what was seen so far."""
         now: dict[Use, int] = dict.fromkeys(USES, 0)

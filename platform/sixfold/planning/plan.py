@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -110,7 +111,8 @@ class Planner:
 
         Settings are compared on paper; the few that look best are traced as they would run, and one of these is it.
         """
-        best: Plan | None = None
+        as_it_is = self.plan()
+        best = as_it_is if as_it_is.fits else None
         fitting, underestimated = 0, dict[str, float]()
         for on_paper in self._fitting_on_paper():
             if best is not None and (fitting == _FINALISTS or on_paper.estimate.step_s >= best.estimate.step_s):
@@ -134,15 +136,16 @@ class Planner:
             plans = [plan for base in self._bases(mode) for plan in self._variants(base)]
             waiting += [plan for plan in plans if plan.fits]
             waiting.sort(key=_step_s)
-            # Recomputing more takes longer: no later mode is faster than the fastest of this one.
-            while waiting and waiting[0].estimate.step_s <= min(map(_step_s, plans)):
+            # Recomputing more takes longer: what fits gains nothing by it, what does not is no faster than it is now.
+            fastest_s = min((_step_s(plan) for plan in plans if not plan.fits), default=math.inf)
+            while waiting and waiting[0].estimate.step_s <= fastest_s:
                 yield waiting.pop(0)
         yield from waiting
 
     def _bases(self, mode: str) -> list[Recipe]:
         """The recipe with a mode of checkpointing; where replicas do not fit, sharded instead."""
         engine = self.recipe.engine
-        if isinstance(engine, FSDPConfig):
+        if isinstance(engine, FSDPConfig) and engine.replicate == self.cluster.ranks:
             engine = engine.model_copy(update={"replicate": 1})  # whole replicas gather nothing that could be counted
         bases = [with_engine(self.recipe, _checkpointing(engine, mode))]
         if isinstance(engine, DDPConfig) and self.cluster.ranks > 1 and not self.plan().fits:

@@ -8,9 +8,10 @@ multiplied.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -30,7 +31,7 @@ from sixfold.models.kernels import kernels_of
 from sixfold.models.network import Network, parameter_tags
 from sixfold.models.trained.network import NetworksConfig
 from sixfold.objectives.contract import Batch, LossTerms, Objective, Phase, Progress
-from sixfold.planning.meter import USES, Collective, Readings, StepMeter, Use
+from sixfold.planning.meter import Collective, StepMeter, Use
 from sixfold.planning.partition import Held, Parameter, gathered_whole, held_by_rank, sent_by_replica
 from sixfold.planning.replica import Replica
 from sixfold.recipe.checks import check_recipe
@@ -101,17 +102,15 @@ def trace_step(
     with fake_world(world_size) as world, FakeTensorMode(allow_non_fake_inputs=True), kernels:
         cast = _Cast(recipe, objective, networks, world)
         traced = {phase: cast.trace(phase) for phase in frequency}
-        seen = [part.whole for part in traced.values()]
-        fullest = max(seen, key=lambda readings: readings.peak_bytes)
-        besides = max((readings.besides_gradients for readings in seen), key=lambda use: sum(use.values()))
+        readings = cast.meter.readings()
         kept = {role: shapes for role, shapes in cast.shapes.items() if isinstance(cast.engines[role], Replica)}
         in_buckets = held_by_roles(recipe, kept, world_size, device or world.device).gradients
         if collectives is None:
             collectives = add_up((times, cast.messages(phase, traced[phase])) for phase, times in frequency.items())
         return StepTrace(
-            most={use: max(readings.most[use] for readings in seen) for use in USES},
-            at_peak={**fullest.at_peak, "gradients": fullest.at_peak["gradients"] + in_buckets},
-            besides_gradients=besides,
+            most=readings.most,
+            at_peak={**readings.at_peak, "gradients": readings.at_peak["gradients"] + in_buckets},
+            besides_gradients=readings.besides_gradients,
             flops=sum(times * cast.flops(phase, traced[phase]) for phase, times in frequency.items()),
             collectives=collectives,
             held=held_by_roles(recipe, cast.shapes, world_size, device or world.device),
@@ -166,14 +165,20 @@ def micro_batch_of(recipe: Recipe, roles: Iterable[str], world_size: int) -> int
     return min(rank_batch, *(recipe.engine_of(role).micro_batch or rank_batch for role in roles))
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Traced:
-    """A phase's losses, and readings after its first micro-batch (if it has several), the last, and the update."""
+class _Counts(NamedTuple):
+    """What a part of a phase computes and sends."""
 
-    terms: LossTerms
-    first: Readings | None
-    computed: Readings
-    whole: Readings
+    flops: int
+    collectives: Counter[Collective]
+
+
+class _Traced(NamedTuple):
+    """A phase's micro-batches but the last, each; its last; its update; and the sums over ranks that end its step."""
+
+    earlier: _Counts
+    last: _Counts
+    update: _Counts
+    summed: int
 
 
 class _Cast:
@@ -187,40 +192,44 @@ class _Cast:
             role: untrained_network(self._specification(role, served_by(objective, role))) for role in others
         }
         self.shapes = {role: self._shapes(role) for role in self.engines}
+        self.meter = StepMeter()  # one for all phases: what frozen networks gathered in one is there in the next
 
     def trace(self, phase: Phase) -> _Traced:
         """Run a phase's first and last micro-batch, and its update as far as that is more than a pass."""
         micro_batch, micro_batches = self._micro_batches(phase)
-        first = None
-        with StepMeter() as meter:
+        earlier = _Counts(0, Counter())
+        with self.meter:
             with self._networks_in(phase) as networks:
                 if micro_batches > 1:
-                    self._compute(networks, phase, micro_batch, last=False)
-                    self._keep_gradients(phase, meter)
-                    first = meter.readings()
-                terms = self._compute(networks, phase, micro_batch, last=True)
-            self._keep_gradients(phase, meter)
-            computed = meter.readings()
-            for role in phase.trains:
-                self._finish(role)
-        return _Traced(terms=terms, first=first, computed=computed, whole=meter.readings())
+                    with self._counting() as counts:
+                        self._compute(networks, phase, micro_batch, last=False)
+                        self._keep_gradients(phase)
+                    earlier = counts()
+                with self._counting() as counts:
+                    terms = self._compute(networks, phase, micro_batch, last=True)
+                    summed = 2 * len(terms.metrics) + sum(value.numel() for value in terms.statistics.values())
+                    del terms
+                last = counts()
+            self._keep_gradients(phase)
+            with self._counting() as counts:
+                for role in phase.trains:
+                    self._finish(role)
+        return _Traced(earlier=earlier, last=last, update=counts(), summed=summed)
 
     def flops(self, phase: Phase, traced: _Traced) -> float:
         """Floating-point operations of all of a phase's micro-batches and its update."""
         _, micro_batches = self._micro_batches(phase)
-        return traced.whole.flops + (0 if traced.first is None else traced.first.flops * (micro_batches - 2))
+        return traced.earlier.flops * (micro_batches - 1) + traced.last.flops + traced.update.flops
 
     def messages(self, phase: Phase, traced: _Traced) -> Mapping[Collective, float]:
         """Messages of all of a phase's micro-batches and its update, once every phase has been traced."""
         micro_batch, micro_batches = self._micro_batches(phase)
-        first = Counter[Collective]() if traced.first is None else traced.first.collectives
         computed = self._computed_again(phase, micro_batch, micro_batches) or [
-            (micro_batches - 1, first),
-            (1, traced.computed.collectives - first),
+            (micro_batches - 1, traced.earlier.collectives),
+            (1, traced.last.collectives),
         ]
-        of_the_update = traced.whole.collectives - traced.computed.collectives
-        of_the_step = self._of_the_step(phase, traced.terms, micro_batches)
-        return add_up([*computed, (1, of_the_update), (1, of_the_step)])
+        of_the_step = self._of_the_step(phase, traced.summed, micro_batches)
+        return add_up([*computed, (1, traced.update.collectives), (1, of_the_step)])
 
     def _computed_again(
         self, phase: Phase, samples: int, micro_batches: int
@@ -283,10 +292,19 @@ class _Cast:
             }
             yield {**trained, **untrained, **self.companions}
 
-    def _keep_gradients(self, phase: Phase, meter: StepMeter) -> None:
+    @contextmanager
+    def _counting(self) -> Iterator[Callable[[], _Counts]]:
+        """Yield what tells, at the end, what was computed and sent meanwhile."""
+        flops, collectives = self.meter.counts()
+        ended: list[_Counts] = []
+        yield lambda: ended[0]
+        flops_now, collectives_now = self.meter.counts()
+        ended.append(_Counts(flops_now - flops, collectives_now - collectives))
+
+    def _keep_gradients(self, phase: Phase) -> None:
         """Tell the meter which tensors are gradients by now."""
         parameters = [value for role in phase.trains for value in self.engines[role].network.parameters()]
-        meter.keep(local_tensors([value.grad for value in parameters if value.grad is not None]))
+        self.meter.keep(local_tensors([value.grad for value in parameters if value.grad is not None]))
 
     def _finish(self, role: str) -> None:
         """Update a role where its update is more than a pass over what it holds, and forget its gradients."""
@@ -297,10 +315,10 @@ class _Cast:
             engine.apply_update(1.0, 1.0)
         engine.network.zero_grad()
 
-    def _of_the_step(self, phase: Phase, terms: LossTerms, micro_batches: int) -> Counter[Collective]:
+    def _of_the_step(self, phase: Phase, summed: int, micro_batches: int) -> Counter[Collective]:
         """Messages that no fake group sees: those of DDP and ZeRO, and the step's sums over ranks."""
         world_size = self._world.size
-        numbers = 3 + world_size + 2 * len(terms.metrics) + sum(value.numel() for value in terms.statistics.values())
+        numbers = 3 + world_size + summed
         sent: Counter[Collective] = Counter()
         if world_size > 1:
             sent[Collective(kind="all_reduce", ranks=tuple(range(world_size)), message_bytes=8 * numbers)] += 1
