@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import os
+import select
+import threading
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+import psutil  # type: ignore[import-untyped]  # it ships no types
 import torch
 from torch.utils.data import Dataset
 
@@ -148,3 +153,33 @@ class GlobalBatches(Dataset[Fetched]):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_opened": None}
+
+
+def end_with(rank: int, _worker: int) -> None:
+    """Have this loader process end when the process ``rank`` has, which a killed one tells nobody.
+
+    The loader's own parent is the fork server, which lives as long as a loader does: neither would ever end.
+    """
+    threading.Thread(target=_watch, args=(rank,), daemon=True).start()
+
+
+def _watch(rank: int) -> None:
+    try:
+        descriptor = os.pidfd_open(rank)
+    except ProcessLookupError:
+        os._exit(1)
+    except (AttributeError, OSError):  # no Linux, or a sandbox that has no such call
+        while _lives(rank):
+            time.sleep(1.0)
+    else:
+        ended = select.poll()
+        ended.register(descriptor, select.POLLIN)
+        ended.poll()
+    os._exit(1)
+
+
+def _lives(process: int) -> bool:
+    try:
+        return bool(psutil.Process(process).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False

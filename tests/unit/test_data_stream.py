@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 import queue
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -287,3 +290,36 @@ def test_pixels_arrive_as_the_same_numbers_whether_they_travel_in_the_message_or
     arrived = stream_module._unpacked(sent)
     assert torch.equal(arrived["image"], to_unit_range(pixels))
     assert torch.equal(arrived["scale"], fields["scale"])
+
+
+RANK = """
+import sys, time
+from sixfold_data.config import DataConfig
+from sixfold_data.stream import TrainStream
+if __name__ == "__main__":
+    config = DataConfig(path=sys.argv[1], global_batch=10, lanes=10, workers=2)
+    stream = TrainStream(config, seed=0, rank=0, world_size=1, start_samples=0, quarantine_path=None)
+    next(stream)
+    print("reading", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("has_descriptors", [True, False])
+def test_loader_processes_end_with_a_rank_that_is_killed(images, tmp_path, has_descriptors):
+    script = tmp_path / "rank.py"
+    # Loader processes run this file's first lines too.
+    script.write_text(RANK if has_descriptors else "import os\ndel os.pidfd_open\n" + RANK)
+    rank = subprocess.Popen([sys.executable, str(script), str(images)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert rank.stdout.readline() == "reading\n"
+        below = psutil.Process(rank.pid).children(recursive=True)
+        assert len(below) >= 3, "the fork server and two loaders"
+    finally:
+        rank.kill()
+        rank.stdout.close()  # which a loader that is left would hold open
+        rank.wait()
+    _, left = psutil.wait_procs(below, timeout=10)
+    for process in left:
+        process.kill()
+    assert left == []

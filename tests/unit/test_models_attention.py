@@ -3,7 +3,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model_helpers import dense, mixture, randomized
-from sixfold.models.attention import causal_attention, continuation_mask, document_mask, full_attention, kernels_of
+from sixfold.models.attention import causal_attention, continuation_mask, document_mask, full_attention
+from sixfold.models.kernels import kernels_of
 from sixfold.models.moe_transformer.attention import rotary_table, rotate
 
 
