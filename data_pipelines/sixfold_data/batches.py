@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 import os
-import select
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-import psutil  # type: ignore[import-untyped]  # it ships no types
 import torch
 from torch.utils.data import Dataset
 
@@ -155,31 +153,16 @@ class GlobalBatches(Dataset[Fetched]):
         return {**self.__dict__, "_opened": None}
 
 
-def end_with(rank: int, _worker: int) -> None:
-    """Have this loader process end when the process ``rank`` has, which a killed one tells nobody.
+def end_with_rank(_worker: int) -> None:
+    """Have this loader process end when the rank that started it has, which a killed one tells nobody.
 
     The loader's own parent is the fork server, which lives as long as a loader does: neither would ever end.
     """
-    threading.Thread(target=_watch, args=(rank,), daemon=True).start()
+    rank = multiprocessing.parent_process()
+    assert rank is not None, "a loader is started by multiprocessing"
 
-
-def _watch(rank: int) -> None:
-    try:
-        descriptor = os.pidfd_open(rank)
-    except ProcessLookupError:
+    def watch() -> None:
+        rank.join()
         os._exit(1)
-    except (AttributeError, OSError):  # no Linux, or a sandbox that has no such call
-        while _lives(rank):
-            time.sleep(1.0)
-    else:
-        ended = select.poll()
-        ended.register(descriptor, select.POLLIN)
-        ended.poll()
-    os._exit(1)
 
-
-def _lives(process: int) -> bool:
-    try:
-        return bool(psutil.Process(process).status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
+    threading.Thread(target=watch, name="watch-rank", daemon=True).start()

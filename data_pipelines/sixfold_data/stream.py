@@ -26,7 +26,7 @@ from sixfold.distributed.stop_signals import children_shielded
 from sixfold.errors import DataError
 from sixfold.objectives.contract import Batch
 from sixfold_data.background import ReadAhead
-from sixfold_data.batches import Fetched, GlobalBatches, end_with
+from sixfold_data.batches import Fetched, GlobalBatches, end_with_rank
 from sixfold_data.config import DataConfig
 from sixfold_data.decode import with_unit_range
 from sixfold_data.describe import combined_fingerprint
@@ -190,7 +190,7 @@ def _make_loader(batches: GlobalBatches, config: DataConfig, start_samples: int)
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=config.prefetch if workers else None,
         multiprocessing_context=_worker_context() if workers else None,
-        worker_init_fn=functools.partial(end_with, os.getpid()) if workers else None,
+        worker_init_fn=end_with_rank if workers else None,
     )
 
 

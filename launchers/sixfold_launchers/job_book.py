@@ -54,20 +54,17 @@ class JobBook:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self._open() as book:
                 book.execute(_SCHEMA)
-        except sqlite3.DatabaseError as error:
-            is_damaged = not isinstance(error, sqlite3.OperationalError)
-            raise EnvironmentFault.of(
-                f"the job book cannot be read: {error}" if is_damaged else f"the job book cannot be opened: {error}",
-                where=str(self.path),
-                fix=f"move it away (mv {self.path} {self.path}.damaged): jobs go on, and their clusters know them"
-                if is_damaged
-                else "make the folder writable, or name another one in SIXFOLD_STATE",
-            ) from error
-        except OSError as error:
+        except (OSError, sqlite3.OperationalError) as error:
             raise EnvironmentFault.of(
                 f"the job book cannot be opened: {error}",
                 where=str(self.path),
                 fix="make the folder writable, or name another one in SIXFOLD_STATE",
+            ) from error
+        except sqlite3.Error as error:
+            raise EnvironmentFault.of(
+                f"the job book cannot be read: {error}",
+                where=str(self.path),
+                fix=f"move it away (mv {self.path} {self.path}.damaged): jobs go on, and their clusters know them",
             ) from error
 
     def begin(self, job: JobRecord) -> JobRecord | None:

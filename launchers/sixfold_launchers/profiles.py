@@ -220,13 +220,14 @@ _OWN_OPTIONS = {
 
 
 def _seconds_of(limit: str) -> int:
-    """Read a time limit as sbatch does: minutes, M:S, H:M:S, D-H, D-H:M or D-H:M:S."""
-    days, dash, rest = limit.rpartition("-")
+    """Read a time limit as sbatch does: minutes, M:S, H:M:S, D-H:M or D-H:M:S."""
+    days, _, rest = limit.rpartition("-")
     parts = [int(part) for part in rest.split(":")]
-    if dash:
-        hours, minutes, seconds = [*parts, 0, 0][:3]
-    else:
-        hours, minutes, seconds = {1: [0, *parts, 0], 2: [0, *parts], 3: parts}[len(parts)]
+    if days:
+        parts = [*parts, 0][:3]
+    elif len(parts) < 3:
+        parts = [0, *parts, 0][:3]
+    hours, minutes, seconds = parts
     return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 

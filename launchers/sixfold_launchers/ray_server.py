@@ -71,8 +71,7 @@ class RayServer:
         Raises:
             EnvironmentFault: the cluster does not answer, or refuses the token.
         """
-        self.version()  # or another server's answer would pass for an empty list
-        found: list[dict[str, Any]] = self._ask("GET", "/api/jobs/")
+        found: list[dict[str, Any]] = self._ask("GET", "/api/jobs/", expects=list)
         return found
 
     def job(self, submission_id: str) -> dict[str, Any] | None:
@@ -106,15 +105,18 @@ class RayServer:
             self._ask("PUT", f"/api/packages/gcs/{name}", data)
         return f"gcs://{name}"
 
-    def _ask(self, method: str, path: str, body: bytes | None = None, *, expects: str | None = None) -> Any:
-        """Ask, and read the answer: what ``expects`` names must be in it, as in every dashboard's."""
+    def _ask(
+        self, method: str, path: str, body: bytes | None = None, *, expects: str | type[list[Any]] | None = None
+    ) -> Any:
+        """Ask, and read the answer: a list, or an object with the key named, where every dashboard's is."""
         if expects is None:
             return self._reply(method, path, body)
         try:
             reply = self._reply(method, path, body)
         except NotThere:
             reply = None
-        if not isinstance(reply, dict) or expects not in reply:
+        is_dashboards = isinstance(reply, list) if expects is list else isinstance(reply, dict) and expects in reply
+        if not is_dashboards:
             raise EnvironmentFault.of(
                 "what answers there is no Ray dashboard",
                 where=f"{self.address}{path}",

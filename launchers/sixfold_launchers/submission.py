@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -173,7 +172,6 @@ def submit(made: Plan, book: JobBook, *, retry: bool = False) -> tuple[JobRecord
         cluster_id = made.launcher.submit(made.spec, made.submission)
     except (SixfoldError, OSError):
         book.forget(job.job_id)  # nothing reached the cluster: its key is free again
-        shutil.rmtree(made.spec.folder, ignore_errors=True)
         raise
     return book.update(replace(job, cluster_id=cluster_id, state="pending")), True
 
@@ -231,7 +229,6 @@ def _refuse_second_job(made: Plan, book: JobBook) -> None:
 
 def _prepare(made: Plan) -> None:
     """Make the folders: runs with their recipes and code records, the snapshot, the job's files."""
-    made.spec.logs.mkdir(parents=True, exist_ok=True)
     if made.spec.code is not None:
         ship(made.snapshot, made.spec.code)
     for run, loaded in zip(made.spec.runs, made.recipes, strict=True):
@@ -239,5 +236,6 @@ def _prepare(made: Plan) -> None:
         with held(folder):
             take_up(folder, loaded.recipe)
         record_code(made.snapshot, folder.path)
+    made.spec.logs.mkdir(parents=True, exist_ok=True)  # last: what cannot be prepared leaves no job behind
     for name, content in made.submission.files.items():
         (made.spec.folder / name).write_text(content)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -66,13 +67,6 @@ def load_sweep(path: Path) -> list[tuple[str, ...]]:
         provenance = Provenance(display_path(path), layer.places)
         raise UserError(*faults_of(error, root=SweepConfig, values=layer.values, provenance=provenance)) from None
     runs = sweep.runs()
-    if len(set(runs)) < len(runs):
-        twice = next(run for number, run in enumerate(runs) if run in runs[:number])
-        raise UserError.of(
-            f"two runs of the sweep are the same: {' '.join(twice) or 'no overrides'}",
-            where=display_path(path),
-            fix="remove one, or give them different seeds",
-        )
     if len(runs) > MAX_RUNS:
         raise UserError.of(
             f"the sweep names {len(runs)} runs",
@@ -80,4 +74,11 @@ def load_sweep(path: Path) -> list[tuple[str, ...]]:
             allowed=f"at most {MAX_RUNS}",
             fix="split it into several",
         )
+    for run, times in Counter(runs).items():
+        if times > 1:
+            raise UserError.of(
+                f"two runs of the sweep are the same: {' '.join(run) or 'no overrides'}",
+                where=display_path(path),
+                fix="remove one, or give them different seeds",
+            )
     return runs

@@ -86,6 +86,12 @@ def test_a_time_limit_leaves_time_to_step_before_saving(limit, seconds, accepted
             load_profile("slurm", settings)
 
 
+def test_equal_runs_of_a_sweep_are_refused(tmp_path):
+    (tmp_path / "sweep.yaml").write_text("grid: {seed: [1, 2, 1]}\n")
+    with pytest.raises(UserError, match="two runs of the sweep are the same: seed=1"):
+        load_sweep(tmp_path / "sweep.yaml")
+
+
 @pytest.mark.parametrize("kind", ["local", "ray", "slurm", "slurm-ray"])
 def test_followed_logs_go_on_where_the_last_turn_ended(tmp_path, kind):
     job = record(tmp_path)

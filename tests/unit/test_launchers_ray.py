@@ -213,23 +213,28 @@ def test_too_large_a_snapshot_is_refused_before_it_is_packed(tmp_path, monkeypat
         packed(tmp_path)
 
 
-def test_another_server_is_no_cluster_and_leaves_no_job(tmp_path, some_server):
-    server = RayServer(some_server, None)
-    for ask in (server.nodes, server.jobs, server.version, lambda: server.job("j1"), lambda: server.submit({})):
-        with pytest.raises(EnvironmentFault, match=r"no Ray dashboard(.|\n)*check the host and port"):
-            ask()
-    job = JobRecord(
+def unconfirmed_job(profile):
+    """A job whose submission began, and of which no more is known."""
+    return JobRecord(
         job_id="j1",
         key=None,
         digest="d",
         kind="ray",
         cluster_id=None,
         profile_name="ray",
-        profile=load_profile("ray", [f"address={some_server}"]).profile,
+        profile=profile,
         spec=SPEC,
         state="submitting",
         submitted_s=time.time(),
     )
+
+
+def test_another_server_is_no_cluster_and_leaves_no_job(tmp_path, some_server):
+    server = RayServer(some_server, None)
+    for ask in (server.nodes, server.jobs, server.version, lambda: server.job("j1"), lambda: server.submit({})):
+        with pytest.raises(EnvironmentFault, match=r"no Ray dashboard(.|\n)*check the host and port"):
+            ask()
+    job = unconfirmed_job(load_profile("ray", [f"address={some_server}"]).profile)
     book = JobBook(tmp_path)
     book.begin(job)
     [(now, fault)] = reconcile(book, book.jobs())
@@ -239,8 +244,7 @@ def test_another_server_is_no_cluster_and_leaves_no_job(tmp_path, some_server):
 
 def test_what_never_reached_the_cluster_cannot_be_cancelled_or_requeued(tmp_path):
     profile = load_profile("ray", ["address=http://127.0.0.1:9"]).profile
-    unconfirmed = {"key": None, "digest": "d", "kind": "ray", "cluster_id": None, "profile_name": "ray"}
-    job = JobRecord(job_id="j1", profile=profile, spec=SPEC, state="submitting", **unconfirmed)
+    job = unconfirmed_job(profile)
     launcher = launcher_of(profile)
     for act in (launcher.cancel, launcher.requeue, launcher.status):
         with pytest.raises(UserError, match="not known to have reached its cluster"):

@@ -248,6 +248,16 @@ def test_as_many_ranks_are_rehearsed_as_can_share_the_batch(sixfold):
     assert json.loads(out)["world_size"] == 4, "the largest power of two by which 12 samples divide"
 
 
+def test_a_dry_run_shows_what_no_cluster_is_there_to_check(sixfold, tmp_path, demo_data, monkeypatch):
+    words = ("submit", "lm/moe-smoke", f"data.path={demo_data / 'stdlib'}", "--to", "slurm", "--dry-run")
+    monkeypatch.setenv("SLURM_CONF", str(tmp_path / "gone.conf"))
+    code, out, err = sixfold(*words, "--with", "snapshot.policy=installed", "--json")
+    assert code == 0, err
+    shown = json.loads(out)
+    assert "#SBATCH --nodes=1" in shown["files"]["job.sbatch"]
+    assert "sbatch is not installed" in shown["unchecked"] or "does not answer" in shown["unchecked"]
+
+
 def test_a_file_is_no_run_folder(sixfold, tmp_path, demo_data):
     (tmp_path / "file").touch()
     code, _, err = sixfold(

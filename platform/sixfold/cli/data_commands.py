@@ -130,16 +130,13 @@ def build(
 
 
 def demo(
+    context: typer.Context,
     name: Annotated[DemoName, typer.Argument(help="Which data.", show_default=False)],
     *,
     out: OutOption,
-    max_bytes: Annotated[
-        int | None, typer.Option(min=1, help="Most bytes of source text (stdlib).", show_default="4000000")
-    ] = None,
-    samples: Annotated[
-        int | None, typer.Option(min=2, help="Pictures to draw, all splits together (scenes).", show_default="10000")
-    ] = None,
-    image_size: Annotated[int | None, typer.Option(help="Pixels a side, 16 or 32 (scenes).", show_default="32")] = None,
+    max_bytes: Annotated[int, typer.Option(min=1, help="Most bytes of source text (stdlib).")] = 4_000_000,
+    samples: Annotated[int, typer.Option(min=2, help="Pictures to draw, all splits together (scenes).")] = 10_000,
+    image_size: Annotated[int, typer.Option(help="Pixels a side, 16 or 32 (scenes).")] = 32,
     as_json: JsonOption = False,
 ) -> None:
     """Build data that need no download: scikit-learn's digits, Python's own sources, or drawn scenes with captions."""
@@ -149,9 +146,9 @@ def demo(
     from sixfold_data.scenes import build_scenes
 
     taken = {DemoName.DIGITS: (), DemoName.STDLIB: ("--max-bytes",), DemoName.SCENES: ("--samples", "--image-size")}
-    given = {"--max-bytes": max_bytes, "--samples": samples, "--image-size": image_size}
-    for option, value in given.items():
-        if value is not None and option not in taken[name]:
+    for option, parameter in (("--max-bytes", "max_bytes"), ("--samples", "samples"), ("--image-size", "image_size")):
+        source = context.get_parameter_source(parameter)
+        if source is not None and source.name == "COMMANDLINE" and option not in taken[name]:
             raise UserError.of(
                 f"{name} has no {option}",
                 where=option,
@@ -164,9 +161,9 @@ def demo(
             case DemoName.DIGITS:
                 report = build_digits(options)
             case DemoName.STDLIB:
-                report = build_stdlib(options, max_bytes or 4_000_000)
+                report = build_stdlib(options, max_bytes)
             case DemoName.SCENES:
-                report = build_scenes(options, samples or 10_000, 32 if image_size is None else image_size)
+                report = build_scenes(options, samples, image_size)
     print_build(report, as_json)
 
 

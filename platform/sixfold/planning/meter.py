@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, NamedTuple, Self, get_args
 
 import torch
 import torch.distributed as dist
@@ -97,6 +97,17 @@ class Readings:
         return sum(self.at_peak.values())
 
 
+class Counts(NamedTuple):
+    """What was computed and sent: floating-point operations, and messages with how many there were."""
+
+    flops: int
+    collectives: Counter[Collective]
+
+    def since(self, earlier: Counts) -> Counts:
+        """What of it came after ``earlier``."""
+        return Counts(self.flops - earlier.flops, self.collectives - earlier.collectives)
+
+
 def bytes_by_kind(collectives: Mapping[Collective, float]) -> dict[str, float]:
     """Bytes of messages by kind."""
     totals: dict[str, float] = {}
@@ -166,9 +177,9 @@ class StepMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
             self._exchange(func, args, [*given, *made])
         return result
 
-    def counts(self) -> tuple[int, Counter[Collective]]:
-        """Return the floating-point operations and messages that were seen so far."""
-        return self._flops, Counter(self._collectives)
+    def counts(self) -> Counts:
+        """Return what was computed and sent so far."""
+        return Counts(self._flops, Counter(self._collectives))
 
     def readings(self) -> Readings:
         """Return what was seen so far."""
@@ -201,10 +212,14 @@ class StepMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         address = storage._cdata
         if address in self._live or address in self._older:
             return
-        self._live[address] = (self._numbered, storage.nbytes())
-        self._timeline.append((self._numbered, storage.nbytes()))
-        self._numbered += 1
-        weakref.finalize(storage, self._end, address)
+        self._timeline.append((self._follow(storage, storage.nbytes()), storage.nbytes()))
+
+    def _follow(self, storage: torch.UntypedStorage, size: int) -> int:
+        """Number a storage of this size, and follow it to its end."""
+        number, self._numbered = self._numbered, self._numbered + 1
+        self._live[storage._cdata] = (number, size)
+        weakref.finalize(storage, self._end, storage._cdata)
+        return number
 
     def _remember(self, storage: torch.UntypedStorage) -> None:
         """Leave a storage that was there before out of account, until its address may be another's."""
@@ -216,10 +231,7 @@ class StepMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         address, size = storage._cdata, storage.nbytes()
         if address not in self._live:
             self._older.discard(address)
-            self._live[address] = (self._numbered, before)
-            self._uses[self._numbered] = "exchange"
-            self._numbered += 1
-            weakref.finalize(storage, self._end, address)
+            self._uses[self._follow(storage, before)] = "exchange"
         number, _ = self._live[address]
         self._live[address] = (number, size)
         self._timeline.append((number, size - before))
@@ -261,11 +273,8 @@ def _bytes(tensor: Tensor) -> int:
 
 def _tensors(values: Any) -> list[Tensor]:
     """Tensors that have memory, or pretend to: fake ones do, bare meta ones do not."""
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, FakeTensor) or _has_memory(leaf)]
-
-
-def _has_memory(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.device.type != "meta"
+    tensors = (leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor))
+    return [tensor for tensor in tensors if isinstance(tensor, FakeTensor) or tensor.device.type != "meta"]
 
 
 def _attention_forward(query: Tensor, key: Tensor, value: Tensor, *unused: Any, **ignored: Any) -> int:

@@ -8,7 +8,7 @@ multiplied.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -31,7 +31,7 @@ from sixfold.models.kernels import kernels_of
 from sixfold.models.network import Network, parameter_tags
 from sixfold.models.trained.network import NetworksConfig
 from sixfold.objectives.contract import Batch, LossTerms, Objective, Phase, Progress
-from sixfold.planning.meter import Collective, StepMeter, Use
+from sixfold.planning.meter import Collective, Counts, StepMeter, Use
 from sixfold.planning.partition import Held, Parameter, gathered_whole, held_by_rank, sent_by_replica
 from sixfold.planning.replica import Replica
 from sixfold.recipe.checks import check_recipe
@@ -165,19 +165,12 @@ def micro_batch_of(recipe: Recipe, roles: Iterable[str], world_size: int) -> int
     return min(rank_batch, *(recipe.engine_of(role).micro_batch or rank_batch for role in roles))
 
 
-class _Counts(NamedTuple):
-    """What a part of a phase computes and sends."""
-
-    flops: int
-    collectives: Counter[Collective]
-
-
 class _Traced(NamedTuple):
     """A phase's micro-batches but the last, each; its last; its update; and the sums over ranks that end its step."""
 
-    earlier: _Counts
-    last: _Counts
-    update: _Counts
+    earlier: Counts
+    last: Counts
+    update: Counts
     summed: int
 
 
@@ -197,24 +190,26 @@ class _Cast:
     def trace(self, phase: Phase) -> _Traced:
         """Run a phase's first and last micro-batch, and its update as far as that is more than a pass."""
         micro_batch, micro_batches = self._micro_batches(phase)
-        earlier = _Counts(0, Counter())
+        began = self.meter.counts()
         with self.meter:
             with self._networks_in(phase) as networks:
                 if micro_batches > 1:
-                    with self._counting() as counts:
-                        self._compute(networks, phase, micro_batch, last=False)
-                        self._keep_gradients(phase)
-                    earlier = counts()
-                with self._counting() as counts:
-                    terms = self._compute(networks, phase, micro_batch, last=True)
-                    summed = 2 * len(terms.metrics) + sum(value.numel() for value in terms.statistics.values())
-                    del terms
-                last = counts()
+                    self._compute(networks, phase, micro_batch, last=False)
+                    self._keep_gradients(phase)
+                before_last = self.meter.counts()
+                terms = self._compute(networks, phase, micro_batch, last=True)
+                summed = 2 * len(terms.metrics) + sum(value.numel() for value in terms.statistics.values())
+                del terms
             self._keep_gradients(phase)
-            with self._counting() as counts:
-                for role in phase.trains:
-                    self._finish(role)
-        return _Traced(earlier=earlier, last=last, update=counts(), summed=summed)
+            computed = self.meter.counts()
+            for role in phase.trains:
+                self._finish(role)
+        return _Traced(
+            earlier=before_last.since(began),
+            last=computed.since(before_last),
+            update=self.meter.counts().since(computed),
+            summed=summed,
+        )
 
     def flops(self, phase: Phase, traced: _Traced) -> float:
         """Floating-point operations of all of a phase's micro-batches and its update."""
@@ -253,7 +248,7 @@ class _Cast:
             for number, alike in enumerate(kinds, start=1):
                 with StepMeter() as meter:
                     self._compute(called, phase, samples, last=number == len(kinds))
-                seen.append((alike, meter.readings().collectives))
+                seen.append((alike, meter.counts().collectives))
         for role in phase.trains:
             self.engines[role].network.zero_grad()
         return seen
@@ -291,15 +286,6 @@ class _Cast:
                 if role not in phase.trains
             }
             yield {**trained, **untrained, **self.companions}
-
-    @contextmanager
-    def _counting(self) -> Iterator[Callable[[], _Counts]]:
-        """Yield what tells, at the end, what was computed and sent meanwhile."""
-        flops, collectives = self.meter.counts()
-        ended: list[_Counts] = []
-        yield lambda: ended[0]
-        flops_now, collectives_now = self.meter.counts()
-        ended.append(_Counts(flops_now - flops, collectives_now - collectives))
 
     def _keep_gradients(self, phase: Phase) -> None:
         """Tell the meter which tensors are gradients by now."""

@@ -63,14 +63,15 @@ def check_data_fits(recipe: Recipe, info: DataInfo) -> None:
     """
     faults = [*_splits_exist(recipe, info)]
     networks = resolve_networks(recipe)
-    faults += _capability_faults(recipe, networks)
     if "text_encoder" in recipe.objective.needs.values():
         faults += _caption_faults(info)
-    faults += latents_faults(recipe, info)
-    if not faults:
-        for name in recipe.objective.network_names:
-            if name != recipe.objective.latents_of:  # which reads the images that the latents were made of
-                faults += _network_faults(name, networks[name], info)
+    # A network of the wrong kind, or given pixels for latents, says nothing by its sizes.
+    faults += [*_capability_faults(recipe, networks), *latents_faults(recipe, info)] or [
+        fault
+        for name in recipe.objective.network_names
+        if name != recipe.objective.latents_of  # which reads the images that the latents were made of
+        for fault in _network_faults(name, networks[name], info)
+    ]
     if faults:
         raise RecipeError(*faults)
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sixfold.errors import UserError
+from sixfold.errors import SixfoldError, UserError
 from sixfold.evaluation.grid import to_picture, write_sample_grid
 from sixfold.models.text_encoder.config import CAPTION
 from sixfold.models.trained.network import architecture_of
@@ -54,10 +54,7 @@ def conditions_of(
     if prompt is not None:
         raise UserError.of("--prompt is for text, this run generates images", where=recipe.name, fix="use --class")
     if label is not None and label >= len(info.classes):
-        names = (
-            ", ".join(f"{number} {name}" for number, name in enumerate(info.classes)) or "none: there are no classes"
-        )
-        raise UserError.of(f"there is no class {label}", where="--class", allowed=names, fix="choose one of these")
+        raise no_such_class(str(label), info)
     if "label" not in conditions_read(recipe):
         if label is not None:
             raise UserError.of(
@@ -67,6 +64,12 @@ def conditions_of(
     if not info.classes:
         return {}
     return {"label": torch.arange(count) % len(info.classes) if label is None else torch.full((count,), label)}
+
+
+def no_such_class(label: str, info: DataInfo) -> SixfoldError:
+    """What is said of a class that the data have not."""
+    names = ", ".join(f"{number} {name}" for number, name in enumerate(info.classes)) or "none: there are no classes"
+    return UserError.of(f"there is no class {label}", where="--class", allowed=names, fix="choose one of these")
 
 
 def conditions_read(recipe: Recipe) -> frozenset[str]:

@@ -23,7 +23,7 @@ from sixfold.samplers.config import EulerConfig, SamplingConfig
 from sixfold.samplers.contract import Sampler, SampleRequest
 from sixfold.train.inference import Trained, load_trained
 from sixfold.train.run_folder import RunFolder
-from sixfold.train.samples import Samples, conditions_of, draw
+from sixfold.train.samples import Samples, conditions_of, draw, no_such_class
 from sixfold_data.build import TRAIN, BuildOptions, building
 from sixfold_data.build_images import encode_png
 from sixfold_data.describe import DataInfo, describe
@@ -180,8 +180,7 @@ def _label_number(label: str | None, info: DataInfo) -> int | None:
         return info.classes.index(label)
     if label.isdecimal():
         return int(label)
-    names = ", ".join(f"{number} {name}" for number, name in enumerate(info.classes)) or "none: there are no classes"
-    raise UserError.of(f"there is no class {label!r}", where="--class", allowed=names, fix="choose one of these")
+    raise no_such_class(repr(label), info)
 
 
 def _passes(
