@@ -9,6 +9,7 @@ from commands import sixfold
 from latent_cases import train_run
 from sixfold.distributed.process_group import World
 from sixfold.errors import DataError, RecipeError
+from sixfold.evaluation.manifolds import balls_around
 from sixfold.recipe.load import load_recipe
 from sixfold.train.evaluator import Evaluator
 from sixfold.train.inference import load_trained
@@ -46,6 +47,18 @@ def test_references_of_another_size_are_known_beforehand(demo_data, tmp_path, me
     with pytest.raises(DataError, match="reference images are 16x16 with 3 channels"):
         evaluator_with(demo_data, tmp_path, *settings).prepare()
     evaluator_with(demo_data, tmp_path, f"metrics=[{metric}]", "features=pixel").prepare()
+
+
+def test_balls_around_references_are_made_once(demo_data, tmp_path):
+    settings = ("metrics=[precision_recall, density_coverage]", "features=pixel", "reference_features=50")
+    evaluator_with(demo_data, tmp_path, *settings).prepare()
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("radii-*.safetensors")}
+    assert sorted(path.name.rpartition("-")[0] for path in kept) == ["radii-3", "radii-5"]
+    again = evaluator_with(demo_data, tmp_path, *settings)
+    again.prepare()
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("radii-*.safetensors")} == kept
+    for metric, neighbours in zip(again._metrics, (3, 5), strict=True):
+        assert torch.equal(metric._data.radii, balls_around(metric._data.centres, neighbours=neighbours).radii)
 
 
 def test_too_few_references_are_known_beforehand(demo_data, tmp_path):

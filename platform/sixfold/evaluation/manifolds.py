@@ -87,7 +87,12 @@ class _ManifoldMetric:
         reference = references.features(self._extractor, "training")
         if reference is not None:
             reference.require_more_than(config.neighbours, f"{config.type} with neighbours = {config.neighbours}")
-            self._data = balls_around(reference.rows, neighbours=config.neighbours)
+            radii = references.derived(
+                *(self._extractor, "training", f"radii-{config.neighbours}"),
+                lambda rows: balls_around(rows, neighbours=config.neighbours).radii,
+            )
+            assert radii is not None, "where there are features there is what is made of them"
+            self._data = Balls(centres=reference.rows.double(), radii=radii)
 
     def rows(self, drawn: Drawn) -> Float[Tensor, "n d"]:
         """The samples' features."""

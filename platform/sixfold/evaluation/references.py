@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, cast
 
 import torch
 from jaxtyping import Float, Float64
@@ -165,9 +165,22 @@ class References:
             self._features[key] = _read(path, extractor.name, self.device) if self._rank == 0 else None
         return self._features[key]
 
-    def _path(self, extractor: FeatureExtractor, split: Split) -> Path:
+    def derived(
+        self, extractor: FeatureExtractor, split: Split, name: str, make: Callable[[Tensor], Tensor]
+    ) -> Tensor | None:
+        """What ``make`` makes of a split's rows, kept as the features are; on rank 0 (None elsewhere), a collective."""
+        features = self.features(extractor, split)
+        if features is None:
+            return None
+        path = self._path(extractor, split, name)
+        if not path.exists():
+            _keep(path, {"derived": make(features.rows).cpu()})
+        with safe_open(path, framework="pt") as file:
+            return cast(Tensor, file.get_tensor("derived").to(self.device))
+
+    def _path(self, extractor: FeatureExtractor, split: Split, name: str = "reference") -> Path:
         parts = (_VERSION, extractor.identity, self.source.fingerprint, split, str(self.config.reference_features))
-        return self.cache / f"reference-{hashlib.sha256('/'.join(parts).encode()).hexdigest()[:16]}.safetensors"
+        return self.cache / f"{name}-{hashlib.sha256('/'.join(parts).encode()).hexdigest()[:16]}.safetensors"
 
     def _extract(self, extractor: FeatureExtractor, split: Split, path: Path) -> None:
         """Sum moments over ranks, gather the rows that are kept, and write both from rank 0."""
@@ -198,10 +211,7 @@ class References:
             "covariance": covariance.cpu(),
             "rows": torch.cat([part for _, part in gathered])[order].contiguous(),
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.tmp")
-        save_file(everything, partial, metadata={"count": str(count)})
-        partial.replace(path)
+        _keep(path, everything, count=str(count))
 
 
 def _evenly(count: int, kept: int | None) -> Tensor:
@@ -211,6 +221,13 @@ def _evenly(count: int, kept: int | None) -> Tensor:
         marks.zero_()
         marks[torch.arange(kept) * count // kept] = True
     return marks
+
+
+def _keep(path: Path, tensors: dict[str, Tensor], **metadata: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.tmp")
+    save_file(tensors, partial, metadata=metadata)
+    partial.replace(path)
 
 
 def _read(path: Path, name: str, device: torch.device) -> ReferenceFeatures:
