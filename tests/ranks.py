@@ -8,6 +8,7 @@ did not answer, the pool is replaced before the next case, so that one broken ca
 from __future__ import annotations
 
 import atexit
+import gc
 import multiprocessing
 import os
 import shutil
@@ -166,6 +167,7 @@ def _serve(rank: int, size: int, store: str, port: int, path: list[str], pipe: C
         return
     while (call := pipe.recv()) is not None:
         function, args = call
+        _end_groups_of_former_cases()
         try:
             answer = (True, function(*args))
         except Exception:  # as above
@@ -177,6 +179,22 @@ def _serve(rank: int, size: int, store: str, port: int, path: list[str], pipe: C
     from sixfold.distributed.process_group import leave
 
     leave()
+
+
+def _end_groups_of_former_cases() -> None:
+    """End all groups but the ranks' own: the threads of each wake a hundred times a second for as long as it lives."""
+    import torch.distributed as dist
+
+    from sixfold.distributed import process_group
+
+    kept = [dist.group.WORLD]
+    if (deepspeed_groups := sys.modules.get("deepspeed.utils.groups")) is not None:
+        kept.append(deepspeed_groups._WORLD_GROUP)  # which it makes once a process
+    left = [group for group in dist.distributed_c10d._world.pg_map if group not in kept]
+    process_group._agreement_group = None
+    while left:
+        dist.destroy_process_group(left.pop())
+    gc.collect()  # networks that still hold one
 
 
 def _free_port() -> int:
