@@ -182,19 +182,19 @@ def _serve(rank: int, size: int, store: str, port: int, path: list[str], pipe: C
 
 
 def _end_groups_of_former_cases() -> None:
-    """End all groups but the ranks' own: the threads of each wake a hundred times a second for as long as it lives."""
+    """End the groups that nothing shares: the threads of each wake a hundred times a second for as long as it lives."""
     import torch.distributed as dist
 
     from sixfold.distributed import process_group
 
-    kept = [dist.group.WORLD]
+    shared = [dist.group.WORLD, process_group._agreement_group]
+    shared += [group for mesh in process_group._meshes.values() for group in mesh.get_all_groups()]
     if (deepspeed_groups := sys.modules.get("deepspeed.utils.groups")) is not None:
-        kept.append(deepspeed_groups._WORLD_GROUP)  # which it makes once a process
-    left = [group for group in dist.distributed_c10d._world.pg_map if group not in kept]
-    process_group._agreement_group = None
+        shared.append(deepspeed_groups._WORLD_GROUP)  # which it makes once a process
+    left = [group for group in dist.distributed_c10d._world.pg_map if group not in shared]
     while left:
         dist.destroy_process_group(left.pop())
-    gc.collect()  # networks that still hold one
+    gc.collect()  # what still holds one
 
 
 def _free_port() -> int:

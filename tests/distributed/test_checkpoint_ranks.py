@@ -8,13 +8,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from checkpoint_helpers import empty_state, equal, extra_of, open_checkpointer, state_of, write_steps
 from sixfold.checkpoint.store import FileStore
 from sixfold.checkpoint.verification import newest_verified
+from sixfold.distributed.process_group import mesh_of
 from sixfold.errors import CheckpointError, EnvironmentFault
 
 
@@ -89,7 +89,7 @@ def _blank(states):
 
 def _save_sharded(directory, step, mesh_shape=None):
     names = ("replicate", "shard")
-    mesh = None if mesh_shape is None else init_device_mesh("cpu", mesh_shape, mesh_dim_names=names)
+    mesh = None if mesh_shape is None else mesh_of("cpu", mesh_shape, names)
     with _Opened(directory) as run:
         run.save(step, _sharded_state(_full_values(step), mesh), extra_of(step))
         run.wait()
@@ -193,7 +193,7 @@ def test_ranks_may_each_hold_other_tensors(two_ranks, four_ranks, tmp_path):
 
 def _two_dimensional(directory):
     """Sharded on both dimensions of a 2x2 mesh, unevenly."""
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("rows", "columns"))
+    mesh = mesh_of("cpu", (2, 2), ("rows", "columns"))
     value = torch.arange(35.0).reshape(5, 7)
     part = distribute_tensor(value, mesh, [Shard(0), Shard(1)])
     with _Opened(directory) as run:
@@ -278,7 +278,7 @@ def test_a_fault_of_one_rank_stops_all(two_ranks, tmp_path):
 
 def _hole(directory):
     """Rank 1 claims to hold nothing of a tensor of which rank 0 holds half: an engine's mistake, not a user's."""
-    mesh = init_device_mesh("cpu", (2,))
+    mesh = mesh_of("cpu", (2,), ("rank",))
     part = distribute_tensor(torch.arange(8.0), mesh, [Shard(0)])
     state = {"parameters/w": part} if dist.get_rank() == 0 else {}
     with _Opened(directory) as run:

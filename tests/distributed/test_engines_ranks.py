@@ -7,8 +7,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from engine_cases import toy_engine, toy_step
 from ranks import RankFailure, RankPool
 from sixfold.distributed.collectives import any_rank, broadcast_object, gather_objects, sum_over_ranks
+from sixfold.engine.config import FSDPConfig
 
 
 def _collectives():
@@ -26,6 +28,22 @@ def test_collectives_agree_on_all_ranks(two_ranks):
         assert (yes, no) == (True, False)
         assert names == ["rank 0", "rank 1"]
         assert root == 5
+
+
+def _groups_by_engines(replicate):
+    """How many process groups there are after one engine of this sharding, and after two more."""
+    counts = []
+    for _ in range(3):
+        engine = toy_engine(FSDPConfig(precision="fp32", replicate=replicate))
+        toy_step(engine, 0)
+        counts.append(dist.get_pg_count())
+    return counts
+
+
+@pytest.mark.parametrize("replicate", [1, 2])
+def test_engines_of_all_roles_share_the_groups_they_shard_over(replicate, four_ranks):
+    for counts in four_ranks.run(_groups_by_engines, replicate):
+        assert len(set(counts)) == 1
 
 
 def _fail_on(rank):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
-from sixfold.distributed.process_group import World
+from sixfold.distributed.process_group import World, mesh_of
 from sixfold.errors import RecipeError
 
 
@@ -26,10 +26,10 @@ def sharding_mesh(world: World, *, replicate: int) -> DeviceMesh:
         )
     shape, names = (replicate, world.size // replicate), ("replicate", "shard")
     if replicate == 1:
-        return init_device_mesh(world.device.type, shape[1:], mesh_dim_names=names[1:])
-    return init_device_mesh(world.device.type, shape, mesh_dim_names=names)
+        return mesh_of(world.device.type, shape[1:], names[1:])
+    return mesh_of(world.device.type, shape, names)
 
 
 def host_mesh() -> DeviceMesh:
     """All ranks in one row on the CPU: how states that live nowhere else as DTensors are cut for checkpoints."""
-    return init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("rank",))
+    return mesh_of("cpu", (dist.get_world_size(),), ("rank",))

@@ -16,6 +16,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore  # not re-exported where type checkers look
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from sixfold.errors import EnvironmentFault
 
@@ -40,6 +41,7 @@ class World:
 
 
 _agreement_group: dist.ProcessGroup | None = None
+_meshes: dict[tuple[str, tuple[int, ...], tuple[str, ...]], DeviceMesh] = {}
 
 
 def join(*, device_type: str | None = None, timeout_s: float = 1800.0) -> World:
@@ -85,6 +87,18 @@ def agreement_group() -> dist.ProcessGroup | None:
     return _agreement_group
 
 
+def mesh_of(device_type: str, shape: tuple[int, ...], names: tuple[str, ...]) -> DeviceMesh:
+    """Arrange all ranks as a mesh; a collective where this arrangement is new.
+
+    Equal arrangements are one mesh: the engines of all roles share its groups, each of which costs threads and, on
+    CUDA, a communicator with buffers of its own.
+    """
+    key = (device_type, shape, names)
+    if key not in _meshes:
+        _meshes[key] = init_device_mesh(device_type, shape, mesh_dim_names=names)
+    return _meshes[key]
+
+
 def leave() -> None:
     """Leave the job after everything that communicates was closed and released by its owners.
 
@@ -98,6 +112,7 @@ def leave() -> None:
     if dist.get_backend() != "fake":
         dist.barrier()
     _agreement_group = None
+    _meshes.clear()
     dist.destroy_process_group()
     gc.collect()
 
