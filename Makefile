@@ -33,8 +33,9 @@ check: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Three at a time on two cores: much of the suite waits for ranks, servers and disks.
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=20 -m "not cluster and not quality"
+	$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder --durations=20 -m "not cluster and not quality"
 
 # Two at a time: most of a cluster test is waiting.
 cluster: $(VENV)/.installed-dev
@@ -45,7 +46,8 @@ quality: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q -s --durations=20 -m quality tests/smoke
 
 parity: $(VENV)/.installed-dev
-	SIXFOLD_PARITY=full $(BIN)/python -m pytest -q -s tests/parity/test_recipes.py tests/parity/test_distillation_parity.py tests/distributed/test_recipe_resume.py
+	SIXFOLD_PARITY=full $(BIN)/python -m pytest -q -s tests/parity/test_recipes.py tests/parity/test_distillation_parity.py tests/distributed/test_recipe_resume.py \
+		tests/distributed/test_planning_ranks.py
 
 bench: $(VENV)/.installed-dev data/stdlib
 	$(BIN)/python tests/benchmarks/bench_models.py
