@@ -149,11 +149,12 @@ def test_kept_moments_are_of_all_images_and_kept_rows_evenly_spread(digits, tmp_
 
 
 def test_a_cached_classifier_is_the_same_one_and_other_data_get_their_own(references, digits, cache, monkeypatch):
+    first = references.classifier()
     monkeypatch.setattr(features_module, "train_classifier", None)  # training again would fail
     splits = digits.training, digits.held_out
     again = load_or_train_classifier(*splits, cache=cache, fingerprint="digits")
-    assert torch.equal(again(digits.held_out.images), references.classifier()(digits.held_out.images))
-    assert again.accuracy == references.classifier().accuracy
+    assert torch.equal(again(digits.held_out.images), first(digits.held_out.images))
+    assert again.accuracy == first.accuracy
     with pytest.raises(TypeError):
         load_or_train_classifier(*splits, cache=cache, fingerprint="other digits")
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-from sixfold.distributed.process_group import World, leave
+from sixfold.distributed.process_group import World, end_groups
 
 
 @contextmanager
@@ -25,4 +25,4 @@ def fake_world(size: int, *, device_type: str = "cpu") -> Iterator[World]:
     try:
         yield World(rank=0, size=size, local_rank=0, device=torch.device(device_type))
     finally:
-        leave()
+        end_groups()

@@ -105,16 +105,21 @@ def leave() -> None:
     Gloo's threads may outlive the interpreter's tensors and abort the process (exit 134): what a wrapped module still
     holds is collected first, then all ranks meet, then the groups end.
     """
-    global _agreement_group  # noqa: PLW0603  # see agreement_group
     gc.collect()
     if not dist.is_initialized():
         return
     if dist.get_backend() != "fake":
         dist.barrier()
+    end_groups()
+    gc.collect()
+
+
+def end_groups() -> None:
+    """End the process groups and forget what was made of them."""
+    global _agreement_group  # noqa: PLW0603  # see agreement_group
     _agreement_group = None
     _meshes.clear()
     dist.destroy_process_group()
-    gc.collect()
 
 
 def _backend(device_type: str) -> str:

@@ -182,11 +182,16 @@ def load_or_train_classifier(
     fresh = ClassifierFeatures(network=network, accuracy=0.0, held_out_samples=len(held_out.images), identity=key)
     right = fresh.predict(held_out.images) == held_out.require_labels()
     description = {"accuracy": repr(right.float().mean().item()), "held_out_samples": str(fresh.held_out_samples)}
-    cache.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.tmp")
-    save_file(network.state_dict(), partial, metadata=description)
-    partial.replace(path)
+    keep_tensors(path, network.state_dict(), **description)
     return _read(path)
+
+
+def keep_tensors(path: Path, tensors: dict[str, Tensor], **description: str) -> None:
+    """Write a file of a cache, which other processes may read or write meanwhile: they see all of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.tmp")
+    save_file(tensors, partial, metadata=description)
+    partial.replace(path)
 
 
 def _read(path: Path) -> ClassifierFeatures:

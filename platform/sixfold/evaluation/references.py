@@ -7,7 +7,6 @@ and preprocessing) and of the data, so that nothing that would change the number
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,6 @@ from typing import Literal, Protocol, cast
 import torch
 from jaxtyping import Float, Float64
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from sixfold.distributed.collectives import broadcast_object, gather_objects, sum_over_ranks
@@ -28,6 +26,7 @@ from sixfold.evaluation.features import (
     ClassifierFeatures,
     FeatureExtractor,
     LabelledImages,
+    keep_tensors,
     load_or_train_classifier,
     require_finite,
 )
@@ -174,7 +173,7 @@ class References:
             return None
         path = self._path(extractor, split, name)
         if not path.exists():
-            _keep(path, {"derived": make(features.rows).cpu()})
+            keep_tensors(path, {"derived": make(features.rows).cpu()})
         with safe_open(path, framework="pt") as file:
             return cast(Tensor, file.get_tensor("derived").to(self.device))
 
@@ -211,7 +210,7 @@ class References:
             "covariance": covariance.cpu(),
             "rows": torch.cat([part for _, part in gathered])[order].contiguous(),
         }
-        _keep(path, everything, count=str(count))
+        keep_tensors(path, everything, count=str(count))
 
 
 def _evenly(count: int, kept: int | None) -> Tensor:
@@ -221,13 +220,6 @@ def _evenly(count: int, kept: int | None) -> Tensor:
         marks.zero_()
         marks[torch.arange(kept) * count // kept] = True
     return marks
-
-
-def _keep(path: Path, tensors: dict[str, Tensor], **metadata: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.tmp")
-    save_file(tensors, partial, metadata=metadata)
-    partial.replace(path)
 
 
 def _read(path: Path, name: str, device: torch.device) -> ReferenceFeatures:

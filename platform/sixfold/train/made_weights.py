@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -11,11 +10,12 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from sixfold.distributed.collectives import broadcast_object, is_distributed
 from sixfold.errors import DataError, Fault, SixfoldError
+from sixfold.evaluation.features import keep_tensors
 from sixfold.models.settings import NetworkSettings
 from sixfold_data.config import DataConfig
 from sixfold_data.describe import describe
@@ -59,10 +59,7 @@ def _read_or_make(settings: NetworkSettings, data: DataConfig, cache: Path | Non
         return load_file(path)
     made = _maker(settings)(settings, lambda: _training_split(data))
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.tmp")
-        save_file({parameter: value.contiguous() for parameter, value in made.items()}, partial)
-        partial.replace(path)
+        keep_tensors(path, {parameter: value.contiguous() for parameter, value in made.items()})
     return made
 
 
